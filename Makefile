@@ -1,0 +1,39 @@
+# `make demo` and `make test` are all that a newcomer needs; both build .venv first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+EXTRAS := train,tfds,dev
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
+RUNS   := runs/demo
+
+.PHONY: setup demo check test test-gpu clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python >= 3.11 is required, {sys.executable} is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]' --constraint constraints.txt
+	@touch $@
+
+# Train a small RBF model and its dot-product twin on the embedded corpus, then write the report.
+demo: setup
+	$(BIN)/python -m experiments.train --config=configs/demo.py:rbf --run=$(RUNS)/rbf
+	$(BIN)/python -m experiments.train --config=configs/demo.py:dot --run=$(RUNS)/dot
+	$(BIN)/python -m experiments.compare --runs=$(RUNS)/rbf,$(RUNS)/dot --out=$(RUNS)/report
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu"
+
+# On a machine with an NVIDIA GPU, with whatever Python holds its JAX: make test-gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+test-gpu:
+	JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest tests/ops
+
+clean:
+	rm -rf $(VENV) runs .cache

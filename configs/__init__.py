@@ -1,0 +1,1 @@
+"""Configuration files: one per run; base.py is the whole schema."""

@@ -1,0 +1,171 @@
+"""The whole schema: every key that a config may set, with its default.
+
+A config file imports this one and changes what differs:
+
+    from configs import base
+
+    def get_config():
+        config = base.get_config()
+        config.model.num_layers = 2
+        return config
+
+On the command line: ``python -m experiments.train --config=configs/NAME.py --config.model.num_layers=2``.
+A key that is not here is an error that names the nearest one that is.
+"""
+
+from ml_collections import ConfigDict
+
+
+def data() -> ConfigDict:
+    """Where the text comes from and how it becomes batches."""
+    return ConfigDict(
+        {
+            # "embedded": simple stories generated on the spot, deterministic, some 5 MB.
+            # "text": the files below. "tinystories": downloaded through tensorflow-datasets.
+            # "tfds:NAME": any tensorflow-datasets text data set, for example "tfds:lm1b".
+            "source": "embedded",
+            # For "text": .txt, .gz or .xz files, UTF-8; glob patterns are expanded.
+            "train_files": (),
+            # For "text": validation files. None: the last 5 % of the training documents.
+            "valid_files": (),
+            # For "text": the line or string that ends a document; "" for one document a file.
+            "separator": "<|endoftext|>",
+            # For "tinystories" and "tfds:NAME": tfds data directory, and manually fetched files.
+            "tfds_dir": "",
+            "manual_dir": "",
+            # "bytes", "bpe" (trained on the training text, kept in the run folder), or the path
+            # of a tokenizer.json.
+            "tokenizer": "bytes",
+            # For "bpe": number of tokens, special tokens included.
+            "vocab_size": 4096,
+            # Tokens per row of a batch, T.
+            "context_length": 256,
+            # "packed": documents one after another, attention kept inside each by segment ids.
+            # "padded": one document a row, cut or padded to the context length.
+            "layout": "packed",
+            # Token arrays are cached here, keyed by content.
+            "cache_dir": ".cache/tokens",
+            # Processes that prepare batches; 0 prepares them in the training process.
+            "num_workers": 0,
+        }
+    )
+
+
+def attention() -> ConfigDict:
+    """One attention layer; the same in every block."""
+    return ConfigDict(
+        {
+            # "rbf": softmax(2γ q·k − λγ‖k‖²); "dot": softmax(scale · q·k).
+            "kind": "rbf",
+            # For "dot": "standard" is 1/√H; "rbf" is 2/√H, RBF's scale at its default γ.
+            "dot_scale": "standard",
+            # RMS-normalise queries and keys per head, with a learned scale.
+            "qk_norm": False,
+            # γ at the start; None is 1/√H. Learned per head, positive by construction, if asked.
+            "gamma": None,
+            "learn_gamma": False,
+            # λ at the start, the weight of the key norms (1 RBF, 0 dot product). For "rbf" only.
+            "key_norm_weight": 1.0,
+            "learn_key_norm_weight": False,
+            # A virtual key at the origin with value 0.
+            "origin_sink": False,
+            # Exclusive self attention: remove from each output its component along the token's
+            # own value.
+            "exclusive": False,
+            # Attend to the last `window` tokens (and itself) only; None for all.
+            "window": None,
+            # Implementation of the operation; None takes the best available.
+            "implementation": None,
+        }
+    )
+
+
+def model() -> ConfigDict:
+    """The causal language model."""
+    return ConfigDict(
+        {
+            "num_layers": 4,
+            "d_model": 256,
+            "num_heads": 4,
+            # Key/value heads; None for as many as query heads.
+            "num_kv_heads": None,
+            # Width of the MLP over d_model.
+            "mlp_ratio": 4,
+            # "susie", "rope", "alibi", "learned" or "none".
+            "positions": "susie",
+            # Learned vectors in front of the sequence, and how they start: "zero" or "normal".
+            "num_registers": 1,
+            "register_init": "zero",
+            "tie_embeddings": True,
+            # Activations: "float32" or "bfloat16". Parameters are float32 always.
+            "dtype": "float32",
+            # Recompute blocks in the backward pass, keeping attention's output and logsumexp.
+            "remat": False,
+            # Tokens whose logits exist at once in the loss.
+            "loss_chunk": 4096,
+            "attention": attention(),
+        }
+    )
+
+
+def optimizer() -> ConfigDict:
+    """AdamW, linear warm-up, cosine decay."""
+    return ConfigDict(
+        {
+            "learning_rate": 1e-3,
+            "final_learning_rate": 1e-5,
+            "warmup_steps": 100,
+            "weight_decay": 0.1,
+            "b1": 0.9,
+            "b2": 0.95,
+            # Clip the gradient's global norm; None for no clipping.
+            "clip_norm": 1.0,
+            # Micro-batches per step, their gradients averaged; divides the batch size.
+            "accumulate_steps": 1,
+        }
+    )
+
+
+def train() -> ConfigDict:
+    """The loop."""
+    return ConfigDict(
+        {
+            "steps": 1000,
+            # Rows per step, over all devices and micro-batches.
+            "batch_size": 32,
+            # Steps between lines of metrics, evaluations and checkpoints.
+            "log_every": 10,
+            "eval_every": 100,
+            "checkpoint_every": 100,
+            # Batches per evaluation; 0 for the whole validation split.
+            "eval_batches": 0,
+            # Checkpoints to keep: the newest ones, and the one of best validation loss beside them.
+            "keep_checkpoints": 2,
+        }
+    )
+
+
+def logging() -> ConfigDict:
+    """Where metrics go beside metrics.jsonl."""
+    return ConfigDict(
+        {
+            "tensorboard": True,
+            # Weights & Biases project; "" for none. WANDB_MODE=offline works.
+            "wandb_project": "",
+        }
+    )
+
+
+def get_config() -> ConfigDict:
+    """Returns the default configuration."""
+    return ConfigDict(
+        {
+            # Seeds parameters and the order of the data.
+            "seed": 0,
+            "data": data(),
+            "model": model(),
+            "optimizer": optimizer(),
+            "train": train(),
+            "logging": logging(),
+        }
+    )

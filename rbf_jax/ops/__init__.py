@@ -1,0 +1,1 @@
+"""The attention operation. It knows JAX, and nothing of Flax."""

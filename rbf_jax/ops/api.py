@@ -1,0 +1,207 @@
+"""The public operation: check what the user passed, choose an implementation, call it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Literal, NamedTuple, overload
+
+import jax
+from jax.typing import ArrayLike
+
+from rbf_jax.ops import cudnn, reference, validate, xla
+from rbf_jax.ops.types import Inputs, Masking, Options
+
+_logger = logging.getLogger("rbf_jax")
+
+Implementation = Literal["reference", "xla", "cudnn"]
+
+
+class _Backend(NamedTuple):
+    attend: Callable[[Inputs, Masking, Options], tuple[jax.Array, jax.Array | None]]
+    # Why this call cannot be done, or None where it can.
+    unsupported: Callable[[Inputs, Masking, Options], str | None]
+
+
+def _supports_everything(*_) -> None:
+    return None
+
+
+# In order of preference: `implementation=None` takes the first that supports the call.
+_BACKENDS: dict[str, _Backend] = {
+    "cudnn": _Backend(cudnn.attend, cudnn.unsupported),
+    "xla": _Backend(xla.attend, _supports_everything),
+    "reference": _Backend(reference.attend, _supports_everything),
+}
+
+
+@overload
+def rbf_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    mask: ArrayLike | None = ...,
+    *,
+    gamma: ArrayLike | None = ...,
+    key_norm_weight: ArrayLike = ...,
+    is_causal: bool = ...,
+    local_window_size: int | tuple[int, int] | None = ...,
+    query_seq_lengths: ArrayLike | None = ...,
+    key_value_seq_lengths: ArrayLike | None = ...,
+    query_segment_ids: ArrayLike | None = ...,
+    key_value_segment_ids: ArrayLike | None = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    origin_sink: bool = ...,
+    implementation: Implementation | None = ...,
+    return_residual: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def rbf_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    mask: ArrayLike | None = ...,
+    *,
+    gamma: ArrayLike | None = ...,
+    key_norm_weight: ArrayLike = ...,
+    is_causal: bool = ...,
+    local_window_size: int | tuple[int, int] | None = ...,
+    query_seq_lengths: ArrayLike | None = ...,
+    key_value_seq_lengths: ArrayLike | None = ...,
+    query_segment_ids: ArrayLike | None = ...,
+    key_value_segment_ids: ArrayLike | None = ...,
+    alibi_slopes: ArrayLike | None = ...,
+    origin_sink: bool = ...,
+    implementation: Implementation | None = ...,
+    return_residual: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def rbf_attention(
+    query,
+    key,
+    value,
+    mask=None,
+    *,
+    gamma=None,
+    key_norm_weight=1.0,
+    is_causal=False,
+    local_window_size=None,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    query_segment_ids=None,
+    key_value_segment_ids=None,
+    alibi_slopes=None,
+    origin_sink=False,
+    implementation=None,
+    return_residual=False,
+):
+    r"""Distance-based attention, softmax_j(−γ‖q_i − k_j‖²) v_j.
+
+    Computed as softmax_j(2γ q_i·k_j − λγ‖k_j‖²) v_j: softmax ignores −γ‖q_i‖², the same for all j.
+    λ = 1 is RBF attention; λ = 0 is dot-product attention with scale 2γ.
+    Names, layout and masking conventions are those of :func:`jax.nn.dot_product_attention`.
+    Works under jit, grad, vmap, remat and jax.export; forward-mode derivatives (jvp) need
+    ``implementation="reference"``: the others define a custom_vjp and raise TypeError there.
+
+    Args:
+      query: (B, T, N, H) or (T, N, H); float32, bfloat16, float16 or float64.
+      key: (B, S, K, H) or (S, K, H), K divides N, of the same dtype.
+      value: same shape and dtype as ``key``.
+      mask: bool, broadcastable to (B, N, T, S); True = attend.
+      gamma: γ > 0, scalar or (N,), differentiable. Default 1/√H.
+      key_norm_weight: λ, scalar or (N,), differentiable.
+      is_causal: query i attends to keys j ≤ i, also where T ≠ S.
+      local_window_size: int w or (left, right): query i attends to i − left ≤ j ≤ i + right.
+      query_seq_lengths: int (B,); rows at or beyond it give 0.
+      key_value_seq_lengths: int (B,); keys at or beyond it are not attended to.
+      query_segment_ids: int (B, T); a query attends to the keys of its own segment only.
+      key_value_segment_ids: int (B, S); given together with ``query_segment_ids``.
+      alibi_slopes: (N,), not negative, constant: adds −slope·|i − j| to the logits.
+      origin_sink: adds a virtual key at the origin with value 0, that is exp(0) to the
+        denominator of every row.
+      implementation: None takes the best that supports the call; "reference", "xla" or "cudnn"
+        is that one or an error, never another.
+      return_residual: also return the logsumexp.
+
+    Returns:
+      The output, shape and dtype of ``query``; rows that may attend to nothing are 0, with
+      gradient 0. With ``return_residual`` a pair of it and the logsumexp of the logits
+      2γ q·k − λγ‖k‖² (ALiBi and sink included), (B, T, N) or (T, N), float32 (float64 for
+      float64 inputs), −inf for rows that may attend to nothing; differentiable.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value.
+      NotImplementedError: the implementation asked for by name cannot do this call.
+    """
+    inputs, masking, unbatched = validate.arrays(
+        query,
+        key,
+        value,
+        mask,
+        gamma=gamma,
+        key_norm_weight=key_norm_weight,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        alibi_slopes=alibi_slopes,
+    )
+    options = Options(
+        is_causal=validate.boolean("is_causal", is_causal),
+        window=validate.window(local_window_size),
+        origin_sink=validate.boolean("origin_sink", origin_sink),
+        return_residual=validate.boolean("return_residual", return_residual),
+        static_gamma=validate.static_gamma(gamma, inputs.query.shape[-1]),
+    )
+    out, logsumexp = _choose(implementation, inputs, masking, options)(inputs, masking, options)
+    if unbatched:
+        out, logsumexp = out[0], None if logsumexp is None else logsumexp[0]
+    return (out, logsumexp) if return_residual else out
+
+
+def _choose(implementation: str | None, inputs: Inputs, masking: Masking, options: Options):
+    """Returns the ``attend`` of the implementation asked for, or of the best that can."""
+    if implementation is None:
+        return _best(inputs, masking, options)
+    if implementation not in _BACKENDS:
+        raise ValueError(
+            f"implementation={implementation!r} must be None or one of {sorted(_BACKENDS)}."
+        )
+    reason = _BACKENDS[implementation].unsupported(inputs, masking, options)
+    if reason is not None:
+        able = [
+            repr(name)
+            for name, backend in _BACKENDS.items()
+            if backend.unsupported(inputs, masking, options) is None
+        ]
+        raise NotImplementedError(
+            f"implementation={implementation!r} {reason}; {' and '.join(able)} can do this call."
+        )
+    return _BACKENDS[implementation].attend
+
+
+def _best(inputs: Inputs, masking: Masking, options: Options):
+    if cudnn.unsupported(inputs, masking, options) is not None:
+        _log_choice("xla")
+        return xla.attend
+    _log_choice("cudnn")
+
+    def attend(inputs, masking, options):
+        # The program may yet be placed on the CPU (jax.default_device), where cuDNN is not.
+        return jax.lax.platform_dependent(
+            inputs,
+            masking,
+            cuda=functools.partial(cudnn.attend, options=options),
+            default=functools.partial(xla.attend, options=options),
+        )
+
+    return attend
+
+
+@functools.cache
+def _log_choice(name: str) -> None:
+    _logger.info("rbf_attention: implementation=None takes %r on this machine.", name)

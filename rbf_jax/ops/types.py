@@ -1,0 +1,136 @@
+"""What every implementation of the operation receives: validated arrays and static options."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Masking(NamedTuple):
+    """Arrays that say who may attend to whom; never differentiated. ``None`` means no rule.
+
+    Attributes:
+      mask: bool, (B or 1, N or 1, T or 1, S or 1), True = attend.
+      query_lengths: int32 (B,); rows at or beyond the length attend to nothing.
+      key_lengths: int32 (B,); keys at or beyond the length are not attended to.
+      query_segments: int32 (B, T); a query attends only to keys of its own segment.
+      key_segments: int32 (B, S).
+      alibi_slopes: accumulation dtype, (N,); adds −slope·|i − j| to the logits.
+    """
+
+    mask: jax.Array | None = None
+    query_lengths: jax.Array | None = None
+    key_lengths: jax.Array | None = None
+    query_segments: jax.Array | None = None
+    key_segments: jax.Array | None = None
+    alibi_slopes: jax.Array | None = None
+
+
+class Inputs(NamedTuple):
+    """The differentiable arrays.
+
+    Attributes:
+      query: (B, T, N, H).
+      key: (B, S, K, H), K divides N.
+      value: (B, S, K, H).
+      gamma: (N,), bandwidth γ per query head, accumulation dtype.
+      key_norm_weight: (N,), λ per query head, accumulation dtype.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    gamma: jax.Array
+    key_norm_weight: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Static choices, hashable.
+
+    Attributes:
+      is_causal: query i attends to keys j ≤ i.
+      window: (left, right): query i attends to keys i − left ≤ j ≤ i + right.
+      origin_sink: a virtual key at the origin with value 0 takes part in every row.
+      return_residual: the caller wants the logsumexp.
+      static_gamma: γ where it is one number known while tracing, else None. ``Inputs.gamma``
+        holds γ in either case.
+    """
+
+    is_causal: bool = False
+    window: tuple[int, int] | None = None
+    origin_sink: bool = False
+    return_residual: bool = False
+    static_gamma: float | None = None
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of logits, norms, sums and logsumexp: float32, or float64 for float64 inputs."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def group_heads(per_head: jax.Array, num_kv_heads: int) -> jax.Array:
+    """Reshapes one number per query head, (N,), to (K, G, 1, 1), to go with logits (B, K, G, T, S)."""
+    return per_head.reshape(num_kv_heads, -1, 1, 1)
+
+
+def allowed_pairs(
+    masking: Masking,
+    options: Options,
+    num_kv_heads: int,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+) -> jax.Array | None:
+    """Who attends to whom in a tile of the logits.
+
+    The arrays of ``masking`` must already be cut to the tile; only the lengths are per batch
+    element and need no cutting.
+
+    Args:
+      masking: rules, cut to the tile.
+      options: static rules.
+      num_kv_heads: K.
+      query_positions: int32 (T,), positions of the tile's rows in the whole sequence.
+      key_positions: int32 (S,), positions of the tile's columns.
+
+    Returns:
+      bool, broadcastable to (B, K, G, T, S); None when every pair is allowed.
+    """
+    rows, columns = query_positions[:, None], key_positions[None, :]
+    rules = []
+    if options.is_causal:
+        rules.append((columns <= rows)[None, None, None])
+    if options.window is not None:
+        left, right = options.window
+        rules.append(((columns >= rows - left) & (columns <= rows + right))[None, None, None])
+    if masking.query_lengths is not None:
+        rules.append((rows < masking.query_lengths[:, None, None])[:, None, None])
+    if masking.key_lengths is not None:
+        rules.append((columns < masking.key_lengths[:, None, None])[:, None, None])
+    if masking.query_segments is not None:
+        same = masking.query_segments[:, :, None] == masking.key_segments[:, None, :]
+        rules.append(same[:, None, None])
+    if masking.mask is not None:
+        B, N, T, S = masking.mask.shape
+        heads = (1, 1) if N == 1 else (num_kv_heads, N // num_kv_heads)
+        rules.append(masking.mask.reshape(B, *heads, T, S))
+    if not rules:
+        return None
+    allowed = rules[0]
+    for rule in rules[1:]:
+        allowed = allowed & rule
+    return allowed
+
+
+def alibi_bias(
+    masking: Masking, num_kv_heads: int, query_positions: jax.Array, key_positions: jax.Array
+) -> jax.Array | None:
+    """−slope·|i − j| for a tile, (K, G, T, S); None without slopes (Press et al., arXiv:2108.12409)."""
+    if masking.alibi_slopes is None:
+        return None
+    distance = jnp.abs(query_positions[:, None] - key_positions[None, :])
+    slopes = group_heads(masking.alibi_slopes, num_kv_heads)
+    return -slopes * distance.astype(slopes.dtype)[None, None]
