@@ -1,0 +1,153 @@
+"""The attention layer: from the residual stream to queries, keys and values, and back."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rbf_jax.nn import inspection, positions, registers
+from rbf_jax.nn.config import TransformerConfig
+from rbf_jax.nn.layers import Norm, output_init, weight_init
+
+
+class Attention(nn.Module):
+    """Causal self attention over registers and text.
+
+    RBF and dot product are one operation, softmax(2γ q·k − λγ‖k‖²): the dot product has λ = 0 and
+    γ = scale / 2. So twins differ in mathematics only.
+
+    Attributes:
+      config: of the whole model.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: positions.Sinusoids | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          x: (B, R+T, D), registers first, in the compute dtype.
+          angles: of the T text positions, for "susie" and "rope".
+          segment_ids: integer (B, T): text attends to text of its own segment only.
+
+        Returns:
+          (B, R+T, D), in the compute dtype.
+        """
+        config, attention = self.config, self.config.attention
+        query = self._project(config.num_heads, "query")(x)
+        key = self._project(config.kv_heads, "key")(x)
+        value = self._project(config.kv_heads, "value")(x)
+        if attention.qk_norm:
+            query = Norm(config.dtype, name="query_norm")(query)
+            key = Norm(config.dtype, name="key_norm")(key)
+        query, key = self._place(query, key, angles)
+        gamma, key_norm_weight = self._gamma(), self._key_norm_weight()
+        slopes = positions.alibi_slopes(config.num_heads) if config.positions == "alibi" else None
+
+        out = registers.attend(
+            query,
+            key,
+            value,
+            config.num_registers,
+            segment_ids=segment_ids,
+            window=attention.window,
+            alibi_slopes=slopes,
+            origin_sink=attention.origin_sink,
+            gamma=gamma,
+            key_norm_weight=key_norm_weight,
+            implementation=attention.implementation,
+        )
+        if self.is_mutable_collection("intermediates"):
+            self._sow(query, key, gamma, key_norm_weight, segment_ids, slopes)
+        if attention.exclusive:
+            out = exclude_own_value(out, value)
+        return nn.DenseGeneral(
+            config.d_model,
+            axis=(-2, -1),
+            use_bias=False,
+            dtype=config.dtype,
+            kernel_init=output_init(config.num_layers),
+            name="out",
+        )(out)
+
+    def _project(self, heads: int, name: str) -> nn.DenseGeneral:
+        return nn.DenseGeneral(
+            (heads, self.config.head_dim),
+            use_bias=False,
+            dtype=self.config.dtype,
+            kernel_init=weight_init,
+            name=name,
+        )
+
+    def _place(self, query, key, angles):
+        """Tells queries and keys where they stand; in float32, whatever their dtype."""
+        config = self.config
+        if config.positions == "rope":
+            query = positions.rotate(query, angles, config.num_registers)
+            key = positions.rotate(key, angles, config.num_registers)
+        elif config.positions == "susie":
+            offsets = positions.SuSiE(config.kv_heads, config.num_registers, name="susie")(angles)
+            query, key = positions.add_susie(query, offsets), positions.add_susie(key, offsets)
+        return query, key
+
+    def _gamma(self) -> float | jax.Array:
+        """γ. Learned, it is its value at the start times exp(log_gamma), log_gamma (N,) from 0."""
+        gamma = self.config.attention.initial_gamma(self.config.head_dim)
+        if not self.config.attention.learn_gamma:
+            return gamma
+        log_gamma = self.param("log_gamma", nn.initializers.zeros, (self.config.num_heads,))
+        return gamma * jnp.exp(log_gamma)
+
+    def _key_norm_weight(self) -> float | jax.Array:
+        weight = self.config.attention.initial_key_norm_weight()
+        if not self.config.attention.learn_key_norm_weight:
+            return weight
+        initializer = nn.initializers.constant(weight)
+        return self.param("key_norm_weight", initializer, (self.config.num_heads,))
+
+    def _sow(self, query, key, gamma, key_norm_weight, segment_ids, slopes) -> None:
+        """Puts weights, norms and the like into "intermediates"; quadratic in T."""
+        attention, R, N = self.config.attention, self.config.num_registers, self.config.num_heads
+        allowed, bias = inspection.causal_rules(
+            query.shape[1] - R,
+            R,
+            segment_ids=segment_ids,
+            window=attention.window,
+            alibi_slopes=slopes,
+        )
+        logits = bias + inspection.attention_logits(
+            query[:, R:], key, gamma=gamma, key_norm_weight=key_norm_weight
+        )
+        weights = inspection.softmax_with_sink(logits, allowed, origin_sink=attention.origin_sink)
+        for name, value in {
+            "attention_weights": weights,
+            "key_norms": jnp.linalg.norm(key.astype(jnp.float32), axis=-1),
+            "logit_max": jnp.max(logits, where=allowed, initial=-jnp.inf),
+            "gamma": jnp.broadcast_to(jnp.asarray(gamma, jnp.float32), (N,)),
+            "key_norm_weight": jnp.broadcast_to(jnp.asarray(key_norm_weight, jnp.float32), (N,)),
+        }.items():
+            self.sow("intermediates", name, value)
+
+
+def exclude_own_value(out: jax.Array, value: jax.Array) -> jax.Array:
+    """Exclusive self attention: z_i = y_i − (y_i·v_i) v_i / ‖v_i‖², per head (arXiv:2603.09078).
+
+    Args:
+      out: y, (B, T, N, H).
+      value: v, (B, T, K, H); a query head takes the value of its group's K/V head.
+
+    Returns:
+      z, as out, computed in float32; y where v_i is 0.
+    """
+    y = out.astype(jnp.float32)
+    v = jnp.repeat(value.astype(jnp.float32), out.shape[2] // value.shape[2], axis=2)
+    squared = jnp.sum(v * v, axis=-1, keepdims=True)
+    share = jnp.sum(y * v, axis=-1, keepdims=True) / jnp.where(squared == 0, 1.0, squared)
+    return (y - share * v).astype(out.dtype)

@@ -1,0 +1,197 @@
+"""What a model is made of. The fields are those of `model` in configs/base.py, checked here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from rbf_jax.ops.api import Implementation
+
+KINDS = ("rbf", "dot")
+DOT_SCALES = ("standard", "rbf")
+POSITIONS = ("susie", "rope", "alibi", "learned", "none")
+REGISTER_INITS = ("zero", "normal")
+DTYPES = ("float32", "bfloat16")
+
+_SIZES = (
+    "vocab_size",
+    "context_length",
+    "num_layers",
+    "d_model",
+    "num_heads",
+    "num_kv_heads",
+    "mlp_ratio",
+    "num_registers",
+    "loss_chunk",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """One attention layer.
+
+    Attributes:
+      kind: "rbf", softmax(2γ q·k − λγ‖k‖²), or "dot", softmax(scale · q·k).
+      dot_scale: for "dot": "standard" is 1/√H, "rbf" is 2/√H, RBF's scale at its default γ.
+      qk_norm: RMS-normalise queries and keys per head, with a learned scale.
+      gamma: γ at the start, for "rbf"; None is 1/√H.
+      learn_gamma: learn γ per head ("dot": half the scale); positive by construction.
+      key_norm_weight: λ at the start, for "rbf".
+      learn_key_norm_weight: learn λ per head, for "rbf".
+      origin_sink: a virtual key at the origin with value 0.
+      exclusive: exclusive self attention, arXiv:2603.09078.
+      window: attend to this many tokens back, and to itself; None for all.
+      implementation: of the operation; None takes the best available.
+
+    Raises:
+      ValueError: a value is wrong, or has no effect beside the others.
+    """
+
+    kind: str = "rbf"
+    dot_scale: str = "standard"
+    qk_norm: bool = False
+    gamma: float | None = None
+    learn_gamma: bool = False
+    key_norm_weight: float = 1.0
+    learn_key_norm_weight: bool = False
+    origin_sink: bool = False
+    exclusive: bool = False
+    window: int | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        require_choice("attention.kind", self.kind, KINDS)
+        require_choice("attention.dot_scale", self.dot_scale, DOT_SCALES)
+        if self.implementation is not None:
+            require_choice(
+                "attention.implementation", self.implementation, get_args(Implementation)
+            )
+        for name in ("gamma", "key_norm_weight"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and math.isfinite(value)):
+                raise ValueError(f"attention.{name}={value!r} must be a finite number.")
+        if self.gamma is not None and self.gamma <= 0:
+            raise ValueError(f"attention.gamma={self.gamma!r} must be greater than 0.")
+        if self.window is not None and not (_is_integer(self.window) and self.window >= 0):
+            raise ValueError(f"attention.window={self.window!r} must be None or an int ≥ 0.")
+        self._require_effect("rbf", "dot_scale")
+        for name in ("gamma", "key_norm_weight", "learn_key_norm_weight"):
+            self._require_effect("dot", name)
+
+    def _require_effect(self, kind: str, name: str) -> None:
+        default = getattr(AttentionConfig, name)
+        value = getattr(self, name)
+        if self.kind == kind and value != default:
+            raise ValueError(
+                f"attention.{name}={value!r} has no effect with attention.kind={kind!r}; "
+                f"leave it at {default!r}."
+            )
+
+    def initial_gamma(self, head_dim: int) -> float:
+        """Returns γ at the start; for "dot", half the scale: then 2γ q·k is scale · q·k."""
+        if self.kind == "dot":
+            return (2.0 if self.dot_scale == "rbf" else 1.0) / math.sqrt(head_dim) / 2
+        return 1 / math.sqrt(head_dim) if self.gamma is None else float(self.gamma)
+
+    def initial_key_norm_weight(self) -> float:
+        """Returns λ at the start."""
+        return 0.0 if self.kind == "dot" else float(self.key_norm_weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The causal language model.
+
+    Attributes:
+      vocab_size: V.
+      context_length: longest sequence; binds for positions "learned" only.
+      num_layers: L.
+      d_model: D.
+      num_heads: N.
+      num_kv_heads: K; None for as many as query heads.
+      mlp_ratio: width of the MLP over D.
+      positions: "susie", "rope", "alibi", "learned" or "none".
+      num_registers: R, learned vectors in front of the sequence.
+      register_init: how they start, "zero" or "normal" (standard deviation 0.02).
+      tie_embeddings: the head is the token embedding.
+      dtype: of activations, "float32" or "bfloat16"; parameters are float32 always.
+      remat: recompute blocks in the backward pass, keeping attention's output and logsumexp.
+      loss_chunk: tokens whose logits exist at once in the loss.
+      attention: the same in every block.
+
+    Raises:
+      ValueError: a value is wrong, or has no effect beside the others.
+    """
+
+    vocab_size: int
+    context_length: int
+    num_layers: int = 4
+    d_model: int = 256
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    mlp_ratio: int = 4
+    positions: str = "susie"
+    num_registers: int = 1
+    register_init: str = "zero"
+    tie_embeddings: bool = True
+    dtype: str = "float32"
+    remat: bool = False
+    loss_chunk: int = 4096
+    attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+
+    def __post_init__(self):
+        for name in _SIZES:
+            value, least = getattr(self, name), 0 if name == "num_registers" else 1
+            if name == "num_kv_heads" and value is None:
+                continue
+            if not (_is_integer(value) and value >= least):
+                raise ValueError(f"{name}={value!r} must be an int ≥ {least}.")
+        require_choice("positions", self.positions, POSITIONS)
+        require_choice("register_init", self.register_init, REGISTER_INITS)
+        require_choice("dtype", self.dtype, DTYPES)
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}."
+            )
+        if self.d_model % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} must divide d_model={self.d_model}.")
+        if self.positions in ("susie", "rope") and self.head_dim % 2:
+            raise ValueError(
+                f"d_model / num_heads = {self.head_dim} must be even for "
+                f"positions={self.positions!r}, which pairs dimensions."
+            )
+        if self.num_registers == 0 and self.register_init != "zero":
+            raise ValueError(
+                f"register_init={self.register_init!r} has no effect with num_registers=0; "
+                "leave it at 'zero'."
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """H = D / N."""
+        return self.d_model // self.num_heads
+
+
+def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises ValueError, with the nearest valid name, where `value` is none of `choices`."""
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}{hint}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,183 @@
+"""The causal language model."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rbf_jax.nn import losses
+from rbf_jax.nn.attention import Attention
+from rbf_jax.nn.config import TransformerConfig
+from rbf_jax.nn.layers import Norm, output_init, weight_init
+from rbf_jax.nn.positions import Sinusoids, sinusoids
+from rbf_jax.nn.registers import Registers
+
+
+class MLP(nn.Module):
+    """D → mlp_ratio·D → GELU → D, without biases."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, R+T, D) → (B, R+T, D)."""
+        config = self.config
+        width = config.mlp_ratio * config.d_model
+        x = nn.Dense(width, use_bias=False, dtype=config.dtype, kernel_init=weight_init, name="in")(
+            x
+        )
+        return nn.Dense(
+            config.d_model,
+            use_bias=False,
+            dtype=config.dtype,
+            kernel_init=output_init(config.num_layers),
+            name="out",
+        )(nn.gelu(x))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, angles: Sinusoids | None, segment_ids: jax.Array | None
+    ) -> jax.Array:
+        """(B, R+T, D) → (B, R+T, D)."""
+        dtype = self.config.dtype
+        normed = Norm(dtype, name="attention_norm")(x)
+        x = x + Attention(self.config, name="attention")(normed, angles, segment_ids)
+        return x + MLP(self.config, name="mlp")(Norm(dtype, name="mlp_norm")(x))
+
+
+# Attention's backward pass needs its output and logsumexp, which the operation names; with these
+# kept, recomputing a block does not attend again.
+_remat_block = nn.remat(
+    Block,
+    policy=jax.checkpoint_policies.save_only_these_names(
+        "rbf_attention_out", "rbf_attention_logsumexp"
+    ),
+)
+
+
+class CausalLM(nn.Module):
+    """Predicts the next token at each position.
+
+    With ``mutable=["intermediates"]``, ``apply`` also returns, per attention layer:
+    attention_weights (B, N, T, R+T), registers' columns first; key_norms (B, R+T, K), ‖k‖;
+    logit_max (), the largest logit; gamma (N,); key_norm_weight (N,); and, of the model,
+    register_norm (), if there are registers. All are float32.
+
+    Attributes:
+      config: sizes and choices.
+    """
+
+    config: TransformerConfig
+
+    def setup(self):
+        config = self.config
+        block = _remat_block if config.remat else Block
+        self.embedding = nn.Embed(
+            config.vocab_size, config.d_model, dtype=config.dtype, embedding_init=weight_init
+        )
+        if config.positions == "learned":
+            self.position_embedding = nn.Embed(
+                config.context_length,
+                config.d_model,
+                dtype=config.dtype,
+                embedding_init=weight_init,
+            )
+        if config.num_registers:
+            self.registers = Registers(config.num_registers, config.d_model, config.register_init)
+        self.block = [block(config) for _ in range(config.num_layers)]  # named block_0, block_1 …
+        self.final_norm = Norm(config.dtype)
+        if not config.tie_embeddings:
+            self.head = self.param("head", weight_init, (config.vocab_size, config.d_model))
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the logits of each position's next token.
+
+        Args:
+          tokens: int32 (B, T).
+          positions: int32 (B, T), from 0 in each document; None counts along the row. Used by
+            "susie", "rope" and "learned"; ALiBi and windows count tokens along the row, which
+            within a document comes to the same.
+          segment_ids: int32 (B, T); tokens attend to their own segment only. None: all is one.
+
+        Returns:
+          (B, T, V) float32.
+
+        Raises:
+          ValueError: a shape or dtype is wrong, or T exceeds the table of learned positions.
+        """
+        return losses.logits(self._hidden(tokens, positions, segment_ids), self._head())
+
+    def token_losses(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns −log p(target), (B, T) float32 in nats, `loss_chunk` tokens' logits at a time.
+
+        Args:
+          tokens: int32 (B, T).
+          targets: int32 (B, T).
+          positions: as for a call of the model.
+          segment_ids: as for a call of the model.
+        """
+        _require_integers("targets", targets, jnp.shape(tokens))
+        hidden = self._hidden(tokens, positions, segment_ids)
+        return losses.token_losses(hidden, self._head(), targets, chunk=self.config.loss_chunk)
+
+    def _head(self) -> jax.Array:
+        return self.embedding.embedding if self.config.tie_embeddings else self.head
+
+    def _hidden(self, tokens, positions, segment_ids) -> jax.Array:
+        """Returns the normed residual stream behind the last block, (B, T, D)."""
+        config = self.config
+        if jnp.ndim(tokens) != 2:
+            raise ValueError(f"tokens has shape {jnp.shape(tokens)}, but must be (B, T).")
+        T = tokens.shape[1]
+        _require_integers("tokens", tokens, tokens.shape)
+        if positions is None:
+            positions = jnp.arange(T, dtype=jnp.int32)[None]
+        else:
+            _require_integers("positions", positions, tokens.shape)
+        if segment_ids is not None:
+            _require_integers("segment_ids", segment_ids, tokens.shape)
+
+        x = self.embedding(tokens)
+        if config.positions == "learned":
+            if config.context_length < T:
+                raise ValueError(
+                    f"tokens has length {T}, but positions='learned' has "
+                    f"context_length={config.context_length} positions."
+                )
+            x = x + self.position_embedding(positions)
+        angles = None
+        if config.positions in ("susie", "rope"):
+            angles = sinusoids(positions, config.head_dim)
+        if config.num_registers:
+            x = self.registers(x)
+            register_norm = jnp.linalg.norm(self.registers.embedding)
+            self.sow("intermediates", "register_norm", register_norm)
+        for block in self.block:
+            x = block(x, angles, segment_ids)
+        return self.final_norm(x[:, config.num_registers :])
+
+
+def _require_integers(name: str, array, shape: tuple[int, ...]) -> None:
+    if jnp.shape(array) != shape or not jnp.issubdtype(jnp.result_type(array), jnp.integer):
+        raise ValueError(
+            f"{name} has shape {jnp.shape(array)} and dtype {jnp.result_type(array)}, but must be "
+            f"integers of shape {shape}."
+        )
