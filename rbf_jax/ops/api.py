@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple, overload
 
 import jax
+import numpy as np
 from jax.typing import ArrayLike
 
 from rbf_jax.ops import cudnn, reference, validate, xla
@@ -150,11 +151,13 @@ def rbf_attention(
         key_value_segment_ids=key_value_segment_ids,
         alibi_slopes=alibi_slopes,
     )
+    query_length, key_length = inputs.query.shape[1], inputs.key.shape[1]
     options = Options(
         is_causal=validate.boolean("is_causal", is_causal),
-        window=validate.window(local_window_size),
+        window=validate.window(local_window_size, max(query_length, key_length)),
         origin_sink=validate.boolean("origin_sink", origin_sink),
         return_residual=validate.boolean("return_residual", return_residual),
+        shared_key_norm_weight=np.ndim(key_norm_weight) == 0,
         static_gamma=validate.static_gamma(gamma, inputs.query.shape[-1]),
     )
     out, logsumexp = _choose(implementation, inputs, masking, options)(inputs, masking, options)
@@ -192,12 +195,13 @@ def _best(inputs: Inputs, masking: Masking, options: Options):
 
     def attend(inputs, masking, options):
         # The program may yet be placed on the CPU (jax.default_device), where cuDNN is not.
-        return jax.lax.platform_dependent(
+        out = jax.lax.platform_dependent(
             inputs,
             masking,
-            cuda=functools.partial(cudnn.attend, options=options),
-            default=functools.partial(xla.attend, options=options),
+            cuda=lambda inputs, masking: cudnn.attend(inputs, masking, options)[0],
+            default=lambda inputs, masking: xla.attend(inputs, masking, options)[0],
         )
+        return out, None
 
     return attend
 

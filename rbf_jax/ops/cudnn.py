@@ -1,10 +1,131 @@
-"""RBF through cuDNN."""
+"""RBF attention through cuDNN's fused dot-product attention, by extra head dimensions.
+
+2γ q·k − λγ‖k‖² = 2γ [q, c, c, c]·[k, h, m, l] where h + m + l = −λ‖k‖² / (2c), c a power of two:
+the norm is split into three parts of the input's own 16-bit dtype, which together hold the 24 bits
+of a float32. cuDNN wants head dimensions in multiples of 8, so 5 more zeros follow where H is one.
+
+cuDNN applies the scale 2γ as one number known when compiling, so γ must be such a number.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, cast
+
+import jax
+import jax.numpy as jnp
+
+from rbf_jax.ops.types import Inputs, Masking, Options
+
+_PARTS = 3
+_MULTIPLE = 8
 
 
-def attend(*_):
-    """Not here yet."""
+def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | None:
+    """Returns why this call cannot be done here, as the rest of a sentence, or None if it can."""
+    H = inputs.query.shape[-1]
+    given = [name for name, rule in masking._asdict().items() if rule is not None]
+    if not _has_nvidia_gpu():
+        return "needs an NVIDIA GPU, and JAX's default backend is " + jax.default_backend()
+    if inputs.query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"supports bfloat16 and float16, not {inputs.query.dtype}"
+    if options.static_gamma is None:
+        return "needs gamma as one number known when tracing, not an array"
+    if given:
+        return f"does not support {', '.join(given)}"
+    if options.origin_sink:
+        return "does not support origin_sink"
+    if options.return_residual:
+        return "does not return a float32 logsumexp (return_residual)"
+    if options.window is not None and not options.is_causal:
+        return "supports local_window_size together with is_causal only"
+    limit = 256 if _compute_capability() >= (9, 0) else 128
+    if _augmented_dim(H) > limit:
+        return f"supports head dimensions up to {limit - _MULTIPLE} on this GPU, not {H}"
+    return None
 
 
-def unsupported(*_):
-    """Not here yet."""
-    return "is being written"
+def attend(inputs: Inputs, masking: Masking, options: Options) -> tuple[jax.Array, None]:
+    """The output (B, T, N, H); cuDNN's logsumexp is not passed on, being of 16 bits."""
+    del masking  # `unsupported` refused any
+    return through_dot_product(inputs, options, implementation="cudnn"), None
+
+
+def through_dot_product(
+    inputs: Inputs, options: Options, *, implementation: Literal["xla", "cudnn"]
+) -> jax.Array:
+    """RBF attention by `jax.nn.dot_product_attention` on augmented heads.
+
+    ``implementation="xla"`` is the same arithmetic on any device, which the tests use.
+    """
+    H = inputs.query.shape[-1]
+    query, key, value = augment(inputs, options)
+    out = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        scale=2 * cast(float, options.static_gamma),  # `unsupported` refused None
+        is_causal=options.is_causal,
+        local_window_size=options.window,
+        implementation=implementation,
+    )
+    return out[..., :H]
+
+
+def augment(inputs: Inputs, options: Options) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Appends the parts of −λ‖k‖²/2 to the keys, their weight to the queries, zeros to the values.
+
+    Returns:
+      query (B, T, N, H'), key and value (B, S, K', H'), H' = H + 3 rounded up to a multiple of 8.
+      K' = K, or N where λ is given per query head: the heads of a group then differ in their norms.
+    """
+    query, key, value = inputs.query, inputs.key, inputs.value
+    N, K, H = query.shape[2], key.shape[2], query.shape[3]
+    if options.shared_key_norm_weight:
+        key_norm_weight = inputs.key_norm_weight[0]
+    else:
+        key_norm_weight = inputs.key_norm_weight
+        key, value = jnp.repeat(key, N // K, axis=2), jnp.repeat(value, N // K, axis=2)
+    # float16 ends at 65,504: weighted by 2⁸ the parts hold key norms ‖k‖ up to 5,790.
+    weight = 256.0 if query.dtype == jnp.float16 else 1.0
+    norms = jnp.sum(jnp.square(key.astype(jnp.float32)), axis=-1)
+    parts = _split(-0.5 / weight * key_norm_weight * norms, query.dtype)
+    weights = jnp.full((*query.shape[:-1], _PARTS), weight, query.dtype)
+    return (
+        _pad_heads(jnp.concatenate([query, weights], axis=-1), H),
+        _pad_heads(jnp.concatenate([key, parts], axis=-1), H),
+        _pad_heads(value, H),
+    )
+
+
+def _split(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Three numbers of the 16-bit `dtype` whose sum is x to about float32's precision, (..., 3).
+
+    The gradient goes to the first one: their sum has x's derivative, and once is enough.
+    """
+    info = jnp.finfo(dtype)
+    parts = []
+    for _ in range(_PARTS):
+        # reduce_precision, since XLA may leave out a cast to 16 bits and back, and its rounding.
+        rounded = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+        parts.append(rounded.astype(dtype))
+        x = jax.lax.stop_gradient(x - rounded)
+    return jnp.stack(parts, axis=-1)
+
+
+def _augmented_dim(head_dim: int) -> int:
+    return -(-(head_dim + _PARTS) // _MULTIPLE) * _MULTIPLE
+
+
+def _pad_heads(array: jax.Array, head_dim: int) -> jax.Array:
+    missing = _augmented_dim(head_dim) - array.shape[-1]
+    return jnp.pad(array, [(0, 0)] * 3 + [(0, missing)])
+
+
+@functools.cache
+def _has_nvidia_gpu() -> bool:
+    return jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_kind
+
+
+def _compute_capability() -> tuple[int, ...]:
+    return tuple(int(x) for x in jax.devices()[0].compute_capability.split("."))

@@ -1,4 +1,4 @@
-"""RBF attention as it is defined, with quadratic memory: what every other implementation must equal.
+"""RBF attention as it is defined, with quadratic memory: what every implementation must equal.
 
 Differentiable by JAX itself, in reverse and forward mode.
 """

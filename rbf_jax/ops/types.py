@@ -56,6 +56,7 @@ class Options:
       window: (left, right): query i attends to keys i − left ≤ j ≤ i + right.
       origin_sink: a virtual key at the origin with value 0 takes part in every row.
       return_residual: the caller wants the logsumexp.
+      shared_key_norm_weight: λ was given as one number for all heads.
       static_gamma: γ where it is one number known while tracing, else None. ``Inputs.gamma``
         holds γ in either case.
     """
@@ -64,16 +65,17 @@ class Options:
     window: tuple[int, int] | None = None
     origin_sink: bool = False
     return_residual: bool = False
+    shared_key_norm_weight: bool = True
     static_gamma: float | None = None
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype of logits, norms, sums and logsumexp: float32, or float64 for float64 inputs."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def group_heads(per_head: jax.Array, num_kv_heads: int) -> jax.Array:
-    """Reshapes one number per query head, (N,), to (K, G, 1, 1), to go with logits (B, K, G, T, S)."""
+    """One number per query head, (N,), as (K, G, 1, 1), to go with logits (B, K, G, T, S)."""
     return per_head.reshape(num_kv_heads, -1, 1, 1)
 
 
@@ -110,7 +112,7 @@ def allowed_pairs(
         rules.append((rows < masking.query_lengths[:, None, None])[:, None, None])
     if masking.key_lengths is not None:
         rules.append((columns < masking.key_lengths[:, None, None])[:, None, None])
-    if masking.query_segments is not None:
+    if masking.query_segments is not None and masking.key_segments is not None:
         same = masking.query_segments[:, :, None] == masking.key_segments[:, None, :]
         rules.append(same[:, None, None])
     if masking.mask is not None:
@@ -128,7 +130,7 @@ def allowed_pairs(
 def alibi_bias(
     masking: Masking, num_kv_heads: int, query_positions: jax.Array, key_positions: jax.Array
 ) -> jax.Array | None:
-    """−slope·|i − j| for a tile, (K, G, T, S); None without slopes (Press et al., arXiv:2108.12409)."""
+    """−slope·|i − j| of a tile, (K, G, T, S), or None (Press et al., arXiv:2108.12409)."""
     if masking.alibi_slopes is None:
         return None
     distance = jnp.abs(query_positions[:, None] - key_positions[None, :])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,7 +66,7 @@ def arrays(
         )
         if np.shape(alibi_slopes) != (N,):
             raise ValueError(
-                f"alibi_slopes has shape {np.shape(alibi_slopes)}, but must have shape (N,) = ({N},)."
+                f"alibi_slopes has shape {np.shape(alibi_slopes)}, but must have (N,) = ({N},)."
             )
         alibi_slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes).astype(dtype))
     masking = Masking(
@@ -88,22 +87,25 @@ def boolean(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def window(value: Any) -> tuple[int, int] | None:
-    """Returns (left, right) for `local_window_size`, which may be None, an int or a pair."""
+def window(value: Any, longest: int) -> tuple[int, int] | None:
+    """Returns (left, right) for `local_window_size`, which may be None, an int or a pair.
+
+    Each is at most `longest`, the longer of T and S, which no distance between positions reaches.
+    """
     if value is None:
         return None
-    pair = (value, value) if isinstance(value, numbers.Integral) else value
+    pair = (value, value) if isinstance(value, (int, np.integer)) else value
     valid = (
         isinstance(pair, Sequence)
         and len(pair) == 2
-        and all(isinstance(x, numbers.Integral) and not isinstance(x, bool) for x in pair)
-        and min(pair) >= 0
+        and all(isinstance(x, (int, np.integer)) and not isinstance(x, bool) for x in pair)
+        and all(x >= 0 for x in pair)
     )
     if not valid:
         raise ValueError(
             f"local_window_size={value!r} must be None, an int ≥ 0 or a pair of them (left, right)."
         )
-    return int(pair[0]), int(pair[1])
+    return min(int(pair[0]), longest), min(int(pair[1]), longest)
 
 
 def static_gamma(gamma: Any, head_dim: int) -> float | None:
