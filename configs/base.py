@@ -9,11 +9,16 @@ A config file imports this one and changes what differs:
         config.model.num_layers = 2
         return config
 
-On the command line: ``python -m experiments.train --config=configs/NAME.py --config.model.num_layers=2``.
+On the command line: ``--config=configs/NAME.py --config.model.num_layers=2``.
 A key that is not here is an error that names the nearest one that is.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
+
+
+def optional(kind: type, value: int | float | str | None = None) -> FieldReference:
+    """Returns a key that holds a `kind` or None; on the command line: ``--config.x.y=None``."""
+    return FieldReference(value, field_type=kind)
 
 
 def data() -> ConfigDict:
@@ -62,7 +67,7 @@ def attention() -> ConfigDict:
             # RMS-normalise queries and keys per head, with a learned scale.
             "qk_norm": False,
             # γ at the start; None is 1/√H. Learned per head, positive by construction, if asked.
-            "gamma": None,
+            "gamma": optional(float),
             "learn_gamma": False,
             # λ at the start, the weight of the key norms (1 RBF, 0 dot product). For "rbf" only.
             "key_norm_weight": 1.0,
@@ -73,9 +78,9 @@ def attention() -> ConfigDict:
             # own value.
             "exclusive": False,
             # Attend to the last `window` tokens (and itself) only; None for all.
-            "window": None,
+            "window": optional(int),
             # Implementation of the operation; None takes the best available.
-            "implementation": None,
+            "implementation": optional(str),
         }
     )
 
@@ -88,7 +93,7 @@ def model() -> ConfigDict:
             "d_model": 256,
             "num_heads": 4,
             # Key/value heads; None for as many as query heads.
-            "num_kv_heads": None,
+            "num_kv_heads": optional(int),
             # Width of the MLP over d_model.
             "mlp_ratio": 4,
             # "susie", "rope", "alibi", "learned" or "none".
@@ -119,8 +124,9 @@ def optimizer() -> ConfigDict:
             "b1": 0.9,
             "b2": 0.95,
             # Clip the gradient's global norm; None for no clipping.
-            "clip_norm": 1.0,
-            # Micro-batches per step, their gradients averaged; divides the batch size.
+            "clip_norm": optional(float, 1.0),
+            # Micro-batches per step: memory for time, the same update. Times the number of devices
+            # it divides the batch size.
             "accumulate_steps": 1,
         }
     )
@@ -133,7 +139,9 @@ def train() -> ConfigDict:
             "steps": 1000,
             # Rows per step, over all devices and micro-batches.
             "batch_size": 32,
-            # Steps between lines of metrics, evaluations and checkpoints.
+            # Steps between lines of metrics, evaluations and checkpoints; the last step has all
+            # three. Every evaluation has its checkpoint: eval_every is a multiple of
+            # checkpoint_every.
             "log_every": 10,
             "eval_every": 100,
             "checkpoint_every": 100,

@@ -1,0 +1,188 @@
+"""From the command line to a configuration whose every key and type is checked.
+
+A configuration file imports `configs.base` and changes values. A file or a command line that sets
+a key that base.py does not have, or gives one another type, is an error of one line that names the
+nearest key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, FieldReference, config_flags
+
+from configs import base
+
+_OVERRIDE = re.compile(r"--?(no)?config\.(?P<key>[^=]*)")
+
+
+class _OrNone(flags.ArgumentParser):
+    """Reads "None" as None and leaves the rest to absl's parser of the type."""
+
+    def __init__(self, parser: flags.ArgumentParser):
+        self._parser = parser
+
+    def parse(self, argument: Any) -> Any:
+        return None if argument in ("None", None) else self._parser.parse(argument)
+
+    def flag_type(self) -> str:
+        return self._parser.flag_type()
+
+
+# Keys that may not be None are told apart by `checked`, behind the parser.
+config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser()))
+config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser()))
+config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser()))
+
+
+def parse(argv: Sequence[str]) -> tuple[ConfigDict, Path]:
+    """Reads ``--config=FILE.py[:VARIANT] [--run=DIR] [--config.KEY=VALUE …]``.
+
+    Args:
+      argv: the command line, the program's name first.
+
+    Returns:
+      The configuration, and the run folder: runs/FILE, or runs/FILE_VARIANT, unless given.
+
+    Raises:
+      ValueError: in one line, what is wrong with the command line or the configuration.
+    """
+    spec, argv = _take_config(argv)
+    config = read_config(spec)
+    for argument in argv:
+        if match := _OVERRIDE.match(argument):
+            _require_key(match["key"], "on the command line")
+    values = flags.FlagValues()
+    default_run = Path("runs") / Path(spec).name.replace(".py:", "_").removesuffix(".py")
+    flags.DEFINE_string("run", str(default_run), "run folder", flag_values=values)
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        rest = values(argv)[1:]
+    except (flags.Error, TypeError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    if rest:
+        raise ValueError(f"argument {rest[0]!r} is not understood: give --name=value.")
+    return checked(config, "on the command line"), Path(values.run)
+
+
+def read_config(spec: str) -> ConfigDict:
+    """Reads and checks a configuration file.
+
+    Args:
+      spec: path of the file, or path:VARIANT for a file whose get_config takes a variant.
+
+    Raises:
+      ValueError: the file is missing or wrong.
+    """
+    path, *variant = spec.split(":", 1)
+    if not Path(path).is_file():
+        files = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem[0] != "_")
+        near = difflib.get_close_matches(path, files, n=1, cutoff=0)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(f"config file {path} does not exist{hint}")
+    module_spec = importlib.util.spec_from_file_location("config_file", path)
+    if module_spec is None or module_spec.loader is None:
+        raise ValueError(f"config file {path} is not a Python file.")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(*variant)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # ConfigDict's own errors and those of a variant that does not exist.
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        message = " ".join(str(error.args[0] if error.args else error).split())
+        raise ValueError(f"{where}: {message}") from error
+    return checked(config, f"in {path}")
+
+
+def checked(config: Mapping[str, Any], where: str) -> ConfigDict:
+    """Returns `config` as base.py has it: the same keys, each of its type.
+
+    Args:
+      config: a ConfigDict or nested dictionaries.
+      where: of the configuration, for errors.
+
+    Raises:
+      ValueError: a key is missing or unknown, or its value is of another type.
+    """
+    if not isinstance(config, Mapping | ConfigDict):
+        raise ValueError(f"get_config {where} returned {type(config).__name__}, not a ConfigDict.")
+    result = base.get_config()
+    schema = _flat(result)
+    given = _flat(config)
+    for key in given:
+        _require_key(key, where)
+    if missing := sorted(schema.keys() - given.keys()):
+        raise ValueError(f"{where}: {missing[0]} is missing; start from configs.base.get_config().")
+    for key, value in given.items():
+        parent, _, leaf = key.rpartition(".")
+        section = result[parent] if parent else result
+        field, kind = schema[key], section.get_type(leaf)
+        value = value.get() if isinstance(value, FieldReference) else value
+        if value is None and isinstance(field, FieldReference):
+            section[leaf] = None
+            continue
+        wrong_items = kind is tuple and not all(isinstance(item, str) for item in value or ())
+        if value is None or (kind is not bool and isinstance(value, bool)) or wrong_items:
+            raise ValueError(_type_message(key, value, kind, where))
+        try:
+            section[leaf] = value
+        except TypeError as error:
+            raise ValueError(_type_message(key, value, kind, where)) from error
+    return result.lock()
+
+
+def _type_message(key: str, value: Any, kind: type, where: str) -> str:
+    kinds = {tuple: "a tuple of strings", int: "an int", bool: "true or false", str: "a string"}
+    return f"{where}: {key} is {value!r}, but must be {kinds.get(kind, f'a {kind.__name__}')}."
+
+
+def _take_config(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the value of --config, and the command line without it."""
+    for position, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            end = position + (1 if equals else 2)
+            value = value if equals else " ".join(argv[position + 1 : end])
+            return value, [*argv[:position], *argv[end:]]
+    raise ValueError("--config=FILE.py is missing; for example --config=configs/smoke.py.")
+
+
+def _require_key(key: str, where: str) -> None:
+    """Raises ValueError, with the nearest key, unless base.py has `key`."""
+    keys = list(_flat(base.get_config()))
+    if key in keys:
+        return
+
+    def likeness(candidate: str) -> float:
+        # The whole path is nearly right, or the name is, in another section, or its initials are.
+        name, candidate_name = key.split(".")[-1], candidate.split(".")[-1]
+        initials = "".join(word[0] for word in candidate_name.split("_"))
+        pairs = ((key, candidate), (name, candidate_name), (name, initials))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    nearest = max(keys, key=likeness)
+    raise ValueError(f"{where}: there is no key {key}; did you mean {nearest}?")
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns {"model.num_layers": value, …}; keys that may be None as FieldReferences."""
+    if isinstance(config, ConfigDict):
+        items = config.items(preserve_field_references=True)
+    else:
+        items = config.items()
+    flat: dict[str, Any] = {}
+    for name, value in items:
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
