@@ -45,8 +45,8 @@ class Attention(nn.Module):
         key = self._project(config.kv_heads, "key")(x)
         value = self._project(config.kv_heads, "value")(x)
         if attention.qk_norm:
-            query = Norm(config.dtype, name="query_norm")(query)
-            key = Norm(config.dtype, name="key_norm")(key)
+            query = Norm(config.dtype, config.num_registers, name="query_norm")(query)
+            key = Norm(config.dtype, config.num_registers, name="key_norm")(key)
         query, key = self._place(query, key, angles)
         gamma, key_norm_weight = self._gamma(), self._key_norm_weight()
         slopes = positions.alibi_slopes(config.num_heads) if config.positions == "alibi" else None

@@ -8,7 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-NORM_EPSILON = 1e-5
+# At x = 0 the derivative of x/√(mean(x²) + ε) is 1/√ε, and a register that starts at zero is 0
+# in front of every norm of every layer: its gradient is multiplied by some 1/√ε per layer. With
+# 1e-5 it is 3e6 at the start for L = 4, D = 256, and 2e18 for L = 12, beside 22 to 38 for all
+# other parameters together; clipping the global norm would then stop these. With 1e-2 it is 0.28
+# and 0.31, that of registers which start at random (0.27); for D = 768 5 and 12, beside 48 and 90.
+REGISTER_EPSILON = 1e-2
+TOKEN_EPSILON = 1e-5
 
 weight_init = nn.initializers.normal(0.02)
 
@@ -23,14 +29,20 @@ class Norm(nn.Module):
 
     Attributes:
       dtype: of the result.
+      num_registers: so many places at the head of axis 1 are registers, which have an ε of their
+        own.
     """
 
     dtype: str
+    num_registers: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., D) → (..., D)."""
+        """(B, T, ..., D) → (B, T, ..., D)."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        is_register = jnp.arange(x.shape[1]) < self.num_registers
+        epsilon = jnp.where(is_register, REGISTER_EPSILON, TOKEN_EPSILON)
+        epsilon = epsilon.reshape(-1, *(1,) * (x.ndim - 2))
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
-        return (x * jax.lax.rsqrt(mean_square + NORM_EPSILON) * scale).astype(self.dtype)
+        return (x * jax.lax.rsqrt(mean_square + epsilon) * scale).astype(self.dtype)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """Float32 logits (..., V) of hidden states (..., D) and a head (V, D), which takes their dtype."""
+    """Float32 logits (..., V) of hidden states (..., D); the head (V, D) is cast to their dtype."""
     return jnp.einsum(
         "...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
     )

@@ -25,6 +25,7 @@ class Registers(nn.Module):
     initial: str
 
     def setup(self):
+        """Makes the parameter, for the model to look at too."""
         init = nn.initializers.zeros if self.initial == "zero" else nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", init, (self.num_registers, self.d_model))
 

@@ -46,10 +46,11 @@ class Block(nn.Module):
         self, x: jax.Array, angles: Sinusoids | None, segment_ids: jax.Array | None
     ) -> jax.Array:
         """(B, R+T, D) → (B, R+T, D)."""
-        dtype = self.config.dtype
-        normed = Norm(dtype, name="attention_norm")(x)
-        x = x + Attention(self.config, name="attention")(normed, angles, segment_ids)
-        return x + MLP(self.config, name="mlp")(Norm(dtype, name="mlp_norm")(x))
+        config = self.config
+        normed = Norm(config.dtype, config.num_registers, name="attention_norm")(x)
+        x = x + Attention(config, name="attention")(normed, angles, segment_ids)
+        normed = Norm(config.dtype, config.num_registers, name="mlp_norm")(x)
+        return x + MLP(config, name="mlp")(normed)
 
 
 # Attention's backward pass needs its output and logsumexp, which the operation names; with these
@@ -77,6 +78,7 @@ class CausalLM(nn.Module):
     config: TransformerConfig
 
     def setup(self):
+        """Names the parts, as they are named in the parameters."""
         config = self.config
         block = _remat_block if config.remat else Block
         self.embedding = nn.Embed(
