@@ -1,0 +1,155 @@
+"""What a configuration must satisfy before anything is read or compiled, and its JSON form."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rbf_jax.nn import AttentionConfig, TransformerConfig
+
+# Least values of whole numbers.
+_LEAST = {
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.log_every": 1,
+    "train.eval_every": 1,
+    "train.checkpoint_every": 1,
+    "train.eval_batches": 0,
+    "train.keep_checkpoints": 1,
+    "optimizer.warmup_steps": 0,
+    "optimizer.accumulate_steps": 1,
+}
+# Ranges of real numbers: from, up to, and whether the ends belong to it.
+_RANGES = {
+    "optimizer.learning_rate": (0.0, math.inf, "( )"),
+    "optimizer.final_learning_rate": (0.0, math.inf, "[ )"),
+    "optimizer.weight_decay": (0.0, math.inf, "[ )"),
+    "optimizer.b1": (0.0, 1.0, "[ )"),
+    "optimizer.b2": (0.0, 1.0, "[ )"),
+    "optimizer.clip_norm": (0.0, math.inf, "( )"),
+}
+_SMALLEST_VOCABULARY = 257
+
+
+def validate(config: ConfigDict, num_devices: int) -> None:
+    """Raises ValueError, naming key, value and requirement, if a run could not work.
+
+    What only the data can tell is left to `rbf_jax.data`.
+
+    Args:
+      config: with the keys and types of configs/base.py.
+      num_devices: over which the batch is split.
+    """
+    for key, least in _LEAST.items():
+        if _get(config, key) < least:
+            raise ValueError(f"{key} is {_get(config, key)}; it must be at least {least}.")
+    for key, (low, high, ends) in _RANGES.items():
+        value = _get(config, key)
+        if value is None:
+            continue
+        above = value >= low if ends[0] == "[" else value > low
+        if not (above and value < high):
+            raise ValueError(
+                f"{key} is {value}; it must be in {ends[0]}{low:g}, {high:g}{ends[-1]}."
+            )
+    train, optimizer = config.train, config.optimizer
+    if optimizer.warmup_steps >= train.steps:
+        raise ValueError(
+            f"optimizer.warmup_steps is {optimizer.warmup_steps}; it must be less than "
+            f"train.steps = {train.steps}."
+        )
+    if optimizer.final_learning_rate > optimizer.learning_rate:
+        raise ValueError(
+            f"optimizer.final_learning_rate is {optimizer.final_learning_rate}; it must be at "
+            f"most optimizer.learning_rate = {optimizer.learning_rate}."
+        )
+    if train.eval_every % train.checkpoint_every:
+        raise ValueError(
+            f"train.eval_every is {train.eval_every}; it must be a multiple of "
+            f"train.checkpoint_every = {train.checkpoint_every}, so that the best can be kept."
+        )
+    divisor = optimizer.accumulate_steps * num_devices
+    if train.batch_size % divisor:
+        raise ValueError(
+            f"train.batch_size is {train.batch_size}; it must be a multiple of "
+            f"optimizer.accumulate_steps × devices = {optimizer.accumulate_steps} × {num_devices}."
+        )
+    model_config(config, _SMALLEST_VOCABULARY)
+
+
+def model_config(config: ConfigDict, vocab_size: int) -> TransformerConfig:
+    """Returns the model's configuration.
+
+    Args:
+      config: with the sections data and model of configs/base.py.
+      vocab_size: of the tokenizer.
+
+    Raises:
+      ValueError: a value is wrong, or has no effect beside the others.
+    """
+    fields = config.model.to_dict()
+    attention = AttentionConfig(**fields.pop("attention"))
+    return TransformerConfig(
+        vocab_size=vocab_size,
+        context_length=config.data.context_length,
+        attention=attention,
+        **fields,
+    )
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the configuration as JSON, keys in the order of configs/base.py."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Returns the configuration that `to_json` wrote.
+
+    Raises:
+      ValueError: it is not JSON, or no object.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"a configuration must be a JSON object, not {type(content).__name__}.")
+    return ConfigDict(_tuples(content))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Returns "key: old value -> new value" for each key that differs.
+
+    Args:
+      old: nested mappings.
+      new: nested mappings.
+    """
+    old_flat, new_flat = dict(_flat(old)), dict(_flat(new))
+    keys = [*old_flat, *(key for key in new_flat if key not in old_flat)]
+    absent = "absent"
+    return [
+        f"{key}: {old_flat.get(key, absent)!r} -> {new_flat.get(key, absent)!r}"
+        for key in keys
+        if old_flat.get(key, absent) != new_flat.get(key, absent)
+    ]
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    section, name = key.split(".")
+    return config[section][name]
+
+
+def _tuples(content: Any) -> Any:
+    """JSON has lists where configurations have tuples."""
+    if isinstance(content, dict):
+        return {key: _tuples(value) for key, value in content.items()}
+    return tuple(content) if isinstance(content, list) else content
+
+
+def _flat(config: Mapping[str, Any], prefix: str = ""):
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

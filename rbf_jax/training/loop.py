@@ -1,0 +1,99 @@
+"""`train`: one run, from a configuration to a summary."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import logging
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from rbf_jax.training.config import validate
+from rbf_jax.training.evaluation import bits_per_byte
+from rbf_jax.training.metrics import require_packages
+from rbf_jax.training.run_folder import RunFolder, write_json
+from rbf_jax.training.sharding import make_mesh
+from rbf_jax.training.signals import StopRequest
+from rbf_jax.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("rbf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class SetupError(Exception):
+    """Training cannot begin; the message tells the user why."""
+
+
+def train(config: ConfigDict, run_dir: str | Path) -> dict[str, Any]:
+    """Trains, or goes on with, the run in `run_dir`.
+
+    A run that was killed goes on from its newest good checkpoint and ends with the parameters and
+    metrics, bit for bit, of one that never stopped (same machine, number of devices and versions).
+
+    Args:
+      config: with the keys and types of configs/base.py.
+      run_dir: the run's folder; made if it does not exist.
+
+    Returns:
+      The content of summary.json; that of a run that has finished already is read.
+
+    Raises:
+      SetupError: configuration, data or folder do not allow to train.
+      TrainingStopped: a signal came, and the state was saved.
+      TrainingDiverged: loss, gradients or parameters are not finite.
+    """
+    folder, mesh = RunFolder(run_dir), make_mesh()
+    with StopRequest() as stop, contextlib.ExitStack() as stack:
+        with _setup_errors():
+            validate(config, mesh.size)
+            require_packages(config.logging)
+            stack.enter_context(folder.claimed(config))
+            if (finished := folder.read_summary()) is not None:
+                logger.info("The run in %s has finished already.", folder.path)
+                return finished
+            trainer = Trainer(config, folder, mesh)
+        with contextlib.closing(trainer):
+            trainer.run(stop)
+        summary = _summary(trainer)
+        write_json(folder.summary, summary)
+    return summary
+
+
+@contextlib.contextmanager
+def _setup_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, NotImplementedError, OSError, ImportError) as error:
+        raise SetupError(str(error)) from error
+
+
+def _summary(trainer: Trainer) -> dict[str, Any]:
+    config, losses = trainer.config, trainer.valid_losses
+    tokens = trainer.step * config.train.batch_size * config.data.context_length
+    final, best = losses[trainer.step], min(losses, key=lambda step: (losses[step], step))
+    devices = jax.devices()
+    return {
+        "steps": trainer.step,
+        "parameters": trainer.num_parameters,
+        # Positions of all batches, padding included.
+        "train_tokens": tokens,
+        "valid_loss": final,
+        "valid_bits_per_byte": bits_per_byte(final, trainer.data.bytes_per_token["valid"]),
+        "best_valid_loss": losses[best],
+        "best_step": best,
+        "tokens_per_second": tokens / trainer.seconds,
+        "seconds": trainer.seconds,
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

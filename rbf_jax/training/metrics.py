@@ -1,0 +1,208 @@
+"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases if asked."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from rbf_jax.training.run_folder import RunFolder, write_text
+
+Values = Mapping[str, Any]
+
+
+class Writer(Protocol):
+    """Takes metrics; scalars, or lists of a number per head."""
+
+    def write(self, step: int, split: str, values: Values) -> None:
+        """Takes the metrics of one step and split."""
+
+    def close(self) -> None:
+        """Brings everything to where it belongs."""
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, ``{"step": 10, "split": "train", "loss": …}``.
+
+    Each line is handed to the operating system before `write` returns, so a killed program loses
+    none but perhaps a part of the last.
+
+    Attributes:
+      lines: all lines of the file, in order.
+    """
+
+    def __init__(self, path: Path, last_step: int):
+        """Opens the file and drops all lines behind `last_step`, where the run goes on.
+
+        Raises:
+          ValueError: a line that is not the last is not a JSON object with a step.
+        """
+        self.lines = [line for line in _read_lines(path) if line["step"] <= last_step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, split: str, values: Values) -> None:
+        """Appends one line."""
+        line = {"step": step, "split": split, **values}
+        self.lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when the lines are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    @property
+    def valid_losses(self) -> dict[int, float]:
+        """Validation loss by step."""
+        return valid_losses(self.lines)
+
+    @property
+    def seconds(self) -> float:
+        """Training time up to the last line that tells."""
+        return max((line.get("seconds", 0.0) for line in self.lines), default=0.0)
+
+
+def read_valid_losses(path: Path) -> dict[int, float]:
+    """Returns the validation loss by step of a run's metrics.jsonl.
+
+    Raises:
+      ValueError: a line that is not the last is not a JSON object with a step.
+    """
+    return valid_losses(_read_lines(path))
+
+
+def valid_losses(lines: list[dict[str, Any]]) -> dict[int, float]:
+    """Returns the validation loss by step."""
+    return {line["step"]: line["loss"] for line in lines if line["split"] == "valid"}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            lines.append({"step": int(line["step"]), "split": str(line["split"]), **line})
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(texts):  # A killed program may leave a part of the last.
+                raise ValueError(f"{path}, line {number} is no line of metrics: {error}") from error
+    return lines
+
+
+def require_packages(logging_config: Any) -> None:
+    """Raises ImportError, saying what to do, if a writer that is asked for is not installed.
+
+    Args:
+      logging_config: the section `logging` of configs/base.py.
+    """
+    asked = {
+        "tensorboardX": ("logging.tensorboard", logging_config.tensorboard, "false"),
+        "wandb": ("logging.wandb_project", logging_config.wandb_project, ""),
+    }
+    for package, (key, value, off) in asked.items():
+        if value and importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"{key} is {value!r}, but {package} is not installed: pip install {package}, "
+                f"or --config.{key}={off}"
+            )
+
+
+def open_writers(config: Any, folder: RunFolder, last_step: int) -> list[Writer]:
+    """Returns the writers that the section `logging` of the configuration asks for.
+
+    Args:
+      config: the whole configuration.
+      folder: of the run.
+      last_step: where the run goes on.
+    """
+    writers: list[Writer] = []
+    if config.logging.tensorboard:
+        writers.append(TensorBoard(folder.tensorboard, last_step))
+    if config.logging.wandb_project:
+        writers.append(
+            WeightsAndBiases(config.logging.wandb_project, folder.path, config.to_dict())
+        )
+    return writers
+
+
+class TensorBoard:
+    """Event files for TensorBoard, through tensorboardX."""
+
+    def __init__(self, folder: Path, last_step: int):
+        """Opens the folder; what it holds of steps behind `last_step` is no longer shown."""
+        import tensorboardX
+
+        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=last_step + 1)
+
+    def write(self, step: int, split: str, values: Values) -> None:
+        """Takes the metrics of one step and split."""
+        for name, value in _scalars(values).items():
+            self._writer.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run on Weights & Biases; WANDB_MODE=offline keeps it in the run folder."""
+
+    def __init__(self, project: str, folder: Path, config: Mapping[str, Any]):
+        """Starts the run, or goes on with the one whose id the folder keeps."""
+        import wandb
+
+        kept_id = folder / "wandb_id"
+        if not kept_id.exists():
+            write_text(kept_id, uuid.uuid4().hex)
+        self._run = wandb.init(
+            project=project,
+            name=folder.name,
+            dir=str(folder),
+            id=kept_id.read_text(encoding="utf-8"),
+            resume="allow",
+            config=dict(config),
+        )
+
+    def write(self, step: int, split: str, values: Values) -> None:
+        """Takes the metrics of one step and split."""
+        scalars = {f"{split}/{name}": value for name, value in _scalars(values).items()}
+        self._run.log(scalars, step=step)
+
+    def close(self) -> None:
+        """Uploads what is left."""
+        self._run.finish()
+
+
+def to_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns device scalars as floats and vectors as lists of floats."""
+    return {name: np.asarray(value, np.float64).tolist() for name, value in values.items()}
+
+
+def all_finite(values: Values) -> bool:
+    """Whether every number is finite."""
+    return all(math.isfinite(value) for value in _scalars(values).values())
+
+
+def _scalars(values: Values) -> dict[str, float]:
+    """Lists of a number per head become ``name/head_0``, …"""
+    scalars: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            scalars |= {f"{name}/head_{head}": item for head, item in enumerate(value)}
+        else:
+            scalars[name] = value
+    return scalars

@@ -1,0 +1,72 @@
+"""AdamW with linear warm-up and cosine decay; which parameters decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Vectors by meaning, though some are arrays of two or more dimensions.
+_NO_DECAY = frozenset({"registers", "susie"})
+
+
+def make_schedule(config: Any, steps: int) -> optax.Schedule:
+    """Learning rate of the update number `count`, from 0.
+
+    The warm-up is a straight line from 0 to the peak, which step `warmup_steps` has; half a cosine
+    leads from there to the final learning rate, which the last step has. Steps count from 1, so
+    the first step's learning rate is not 0.
+
+    Args:
+      config: the section `optimizer` of configs/base.py.
+      steps: length of the run.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_steps else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=steps,
+        end_value=config.final_learning_rate,
+    )
+    return lambda count: schedule(count + 1)
+
+
+def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
+    """Returns clipping by global norm, if asked for, and AdamW.
+
+    Args:
+      config: the section `optimizer` of configs/base.py.
+      steps: length of the run.
+    """
+    adamw = optax.adamw(
+        make_schedule(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    if config.clip_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def decay_mask(params: Any) -> Any:
+    """Which parameters weight decay pulls to 0: the matrices.
+
+    Those are kernels, embeddings and the head. Left alone are norms, biases, γ and λ, which are
+    vectors, and the registers and SuSiE's weights and register offsets, whatever their shape.
+
+    Args:
+      params: pytree of arrays, named as `rbf_jax.nn` names them.
+
+    Returns:
+      The same tree of bools.
+    """
+
+    def decays(path: jax.tree_util.KeyPath, parameter: jax.Array) -> bool:
+        names = {getattr(key, "key", None) for key in path}
+        return jnp.ndim(parameter) >= 2 and not names & _NO_DECAY
+
+    return jax.tree_util.tree_map_with_path(decays, params)

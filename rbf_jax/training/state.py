@@ -1,0 +1,80 @@
+"""Everything that a training step changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rbf_jax.nn import CausalLM
+from rbf_jax.training.sharding import state_shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a checkpoint holds beside the position in the data.
+
+    Attributes:
+      step: int32 (), steps done.
+      params: of the model, float32.
+      opt_state: of the optimizer.
+      bad_step: int32 (), the first step whose loss or gradient was not finite; 0 for none.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+    bad_step: jax.Array
+
+
+def create_state(
+    model: CausalLM, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+) -> TrainState:
+    """Returns the state before the first step, placed on the mesh.
+
+    Args:
+      model: the language model.
+      optimizer: of `make_optimizer`.
+      seed: of the parameters.
+      mesh: of `make_mesh`.
+    """
+
+    def create(key: jax.Array) -> TrainState:
+        # Shapes do not depend on the tokens.
+        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, optimizer.init(params), zero)
+
+    key = jax.random.key(seed)
+    shardings = state_shardings(mesh, jax.eval_shape(create, key))
+    return jax.jit(create, out_shardings=shardings)(key)
+
+
+@jax.jit
+def digest(tree: Any) -> jax.Array:
+    """Returns uint32 () that changes with any single changed value, whatever the sharding.
+
+    Each value's bits are weighted by an odd number that depends on its place and added modulo
+    2**32. Integer sums do not depend on their order, so the result is exact.
+
+    Args:
+      tree: pytree of arrays of at most 32 bits.
+    """
+    total = jnp.zeros((), jnp.uint32)
+    for position, leaf in enumerate(jax.tree.leaves(tree)):
+        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32).ravel()
+        place = jnp.arange(bits.size, dtype=jnp.uint32) + jnp.uint32(position * 0x9E3779B1 % 2**32)
+        total += jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+    return total
+
+
+@jax.jit
+def is_finite(tree: Any) -> jax.Array:
+    """Returns bool (): whether every value of the pytree's floating-point arrays is finite."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))

@@ -1,0 +1,158 @@
+"""Pure functions of state and batch: a training step, an evaluation step, what attention does.
+
+A batch is a dict of (B, T) arrays as `rbf_jax.data` makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rbf_jax.nn import CausalLM
+from rbf_jax.training.sharding import Batch
+from rbf_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def model_inputs(batch: Batch, *, packed: bool) -> dict[str, Any]:
+    """Returns positions and segments for the model.
+
+    With one document a row, both are what the model assumes by itself, but for the padding behind
+    it, which causality hides from what counts.
+
+    Args:
+      batch: of (B, T) arrays.
+      packed: whether a row may hold several documents.
+    """
+    if not packed:
+        return {}
+    return {"positions": batch["positions"], "segment_ids": batch["segment_ids"]}
+
+
+def make_loss(model: CausalLM, *, packed: bool) -> Callable[[Any, Batch], jax.Array]:
+    """Returns the function (params, batch) → the targets' losses added up, float32 (), in nats."""
+
+    def summed_loss(params: Any, batch: Batch) -> jax.Array:
+        losses: Any = model.apply(
+            {"params": params},
+            batch["inputs"],
+            batch["targets"],
+            **model_inputs(batch, packed=packed),
+            method="token_losses",
+        )
+        return jnp.sum(losses, where=batch["loss_mask"])
+
+    return summed_loss
+
+
+def make_train_step(
+    model: CausalLM,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate_steps: int = 1,
+    packed: bool = True,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the function (state, batch) → (state, metrics).
+
+    Metrics are float32 (): "loss", mean over the batch's targets in nats, and "grad_norm", before
+    clipping.
+
+    Args:
+      model: the language model.
+      optimizer: of `make_optimizer`.
+      accumulate_steps: micro-batches, one after another; divides B. The update is that of the
+        whole batch at once, up to rounding: losses are divided by the targets of all of it.
+      packed: whether a row may hold several documents.
+    """
+    value_and_grad = jax.value_and_grad(make_loss(model, packed=packed))
+
+    def loss_and_grads(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        if accumulate_steps == 1:
+            return value_and_grad(params, batch)
+
+        def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(params, micro_batch)), None
+
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+        return jax.lax.scan(add, zero, _micro_batches(batch, accumulate_steps))[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, grads = loss_and_grads(state.params, batch)
+        targets = jnp.maximum(jnp.sum(batch["loss_mask"], dtype=jnp.float32), 1)
+        loss, grads = jax.tree.map(lambda total: total / targets, (loss, grads))
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        step = state.step + 1
+        bad = ~jnp.isfinite(loss + grad_norm) & (state.bad_step == 0)
+        new_state = TrainState(
+            step=step,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            bad_step=jnp.where(bad, step, state.bad_step),
+        )
+        return new_state, {"loss": loss, "grad_norm": grad_norm}
+
+    return train_step
+
+
+def _micro_batches(batch: Batch, number: int) -> Batch:
+    """(B, T) → (number, B/number, T), every number-th row: each device keeps the rows it has."""
+    return {
+        name: array.reshape(-1, number, *array.shape[1:]).swapaxes(0, 1)
+        for name, array in batch.items()
+    }
+
+
+def make_eval_step(
+    model: CausalLM, *, packed: bool = True
+) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+    """Returns the function (params, batch) → (summed loss float32 (), targets int32 ())."""
+    summed_loss = make_loss(model, packed=packed)
+
+    def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return summed_loss(params, batch), jnp.sum(batch["loss_mask"], dtype=jnp.int32)
+
+    return eval_step
+
+
+def make_inspect_step(
+    model: CausalLM, *, rows: int = 2, packed: bool = True
+) -> Callable[[Any, Batch], Metrics]:
+    """Returns the function (params, batch) → what attention does in the batch's first rows.
+
+    float32: "logit_max" (), "key_norm_mean" and "key_norm_max" () of text tokens' keys ‖k‖ over
+    all layers, "register_norm" () if there are registers, and per layer "gamma/LAYER" and
+    "key_norm_weight/LAYER" (N,). It is a forward pass of its own, so that a step that does not
+    log pays nothing; it may be quadratic in T, so it looks at few rows.
+    """
+    num_registers = model.config.num_registers
+
+    def inspect_step(params: Any, batch: Batch) -> Metrics:
+        batch = {name: array[:rows] for name, array in batch.items()}
+        _, variables = model.apply(
+            {"params": params},
+            batch["inputs"],
+            **model_inputs(batch, packed=packed),
+            mutable=["intermediates"],
+        )
+        sown = variables["intermediates"]
+        layers = [sown[f"block_{i}"]["attention"] for i in range(model.config.num_layers)]
+        norms = jnp.stack([layer["key_norms"][0][:, num_registers:] for layer in layers])
+        is_text = jnp.broadcast_to(batch["segment_ids"][None, ..., None] > 0, norms.shape)
+        metrics = {
+            "logit_max": jnp.max(jnp.stack([layer["logit_max"][0] for layer in layers])),
+            "key_norm_mean": jnp.mean(norms, where=is_text),
+            "key_norm_max": jnp.max(norms, where=is_text, initial=0.0),
+        }
+        if num_registers:
+            metrics["register_norm"] = sown["register_norm"][0]
+        for name in ("gamma", "key_norm_weight"):
+            metrics |= {f"{name}/{i}": layer[name][0] for i, layer in enumerate(layers)}
+        return metrics
+
+    return inspect_step

@@ -1,0 +1,264 @@
+"""A run: made or taken up again, trained to its end."""
+
+from __future__ import annotations
+
+import collections
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rbf_jax.data import load_data
+from rbf_jax.nn import CausalLM
+from rbf_jax.training.checkpoint import Checkpoints
+from rbf_jax.training.config import model_config
+from rbf_jax.training.evaluation import evaluate
+from rbf_jax.training.metrics import MetricsFile, Values, all_finite, open_writers, to_numbers
+from rbf_jax.training.optimizer import make_optimizer, make_schedule
+from rbf_jax.training.progress import Progress, Stopwatch
+from rbf_jax.training.run_folder import RunFolder
+from rbf_jax.training.sharding import batch_sharding, place_batch, state_shardings
+from rbf_jax.training.signals import StopRequest
+from rbf_jax.training.state import create_state, is_finite
+from rbf_jax.training.step import make_eval_step, make_inspect_step, make_train_step
+
+logger = logging.getLogger(__name__)
+
+# Steps that may be waiting on the device: enough to keep it busy, few enough to stop soon.
+_STEPS_IN_FLIGHT = 8
+
+
+class TrainingStopped(Exception):
+    """A signal ended the run early; its state was saved.
+
+    Attributes:
+      signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+
+class TrainingDiverged(Exception):
+    """Loss, gradients or parameters are not finite."""
+
+
+class Trainer:
+    """The parts of a run and its state.
+
+    Attributes:
+      config: of the run.
+      data: both splits.
+      model: the language model.
+      state: after `step` steps.
+      step: steps done.
+      seconds: spent in training steps, over all parts of an interrupted run.
+    """
+
+    def __init__(self, config: ConfigDict, folder: RunFolder, mesh: Mesh):
+        """Makes the parts, and goes back to the newest good checkpoint if there is one.
+
+        Args:
+          config: valid, see `rbf_jax.training.config.validate`.
+          folder: of the run, claimed.
+          mesh: of all devices.
+
+        Raises:
+          ValueError: the data cannot be read, or no checkpoint is good.
+        """
+        self.config = config
+        self._folder, self._mesh = folder, mesh
+        self.data = load_data(config.data, seed=config.seed, tokenizer_dir=folder.path)
+        self.model = CausalLM(model_config(config, self.data.tokenizer.vocab_size))
+        self._optimizer = make_optimizer(config.optimizer, config.train.steps)
+        self._schedule = make_schedule(config.optimizer, config.train.steps)
+        self._rows = config.train.batch_size // jax.process_count()  # of this process
+        self._batches = iter(self._open_batches("train", self._rows, shuffle=True, repeat=True))
+        self._checkpoints = Checkpoints(
+            folder.checkpoints,
+            keep=config.train.keep_checkpoints,
+            data_fingerprint=self.data.fingerprint,
+        )
+        fresh = create_state(self.model, self._optimizer, config.seed, mesh)
+        restored = self._checkpoints.restore_newest(fresh, self._batches)
+        self.state = fresh if restored is None else restored
+        self.step = self._last_check = int(self.state.step)
+        self._metrics = MetricsFile(folder.metrics, self.step)
+        self._checkpoints.losses.update(self._metrics.valid_losses)
+        self._writers = [self._metrics, *open_writers(config, folder, self.step)]
+        self._watch = Stopwatch(self._metrics.seconds)
+        self._logged = (self.step, self._watch.seconds)
+        if self.step:
+            logger.info("Going on from the checkpoint of step %d.", self.step)
+
+    @property
+    def seconds(self) -> float:
+        """Spent in training steps."""
+        return self._watch.seconds
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the model."""
+        return sum(x.size for x in jax.tree.leaves(self.state.params))
+
+    @property
+    def valid_losses(self) -> dict[int, float]:
+        """Validation loss by step."""
+        return self._metrics.valid_losses
+
+    def run(self, stop: StopRequest) -> None:
+        """Trains to the last step.
+
+        Raises:
+          TrainingStopped: a signal came; the state was saved.
+          TrainingDiverged: something is not finite; nothing of it was saved.
+        """
+        steps = self.config.train.steps
+        self._compile()
+        in_flight: collections.deque[jax.Array] = collections.deque()
+        with Progress(self.step, steps) as progress:
+            self._watch.start()
+            while self.step < steps:
+                if stop.received is not None:
+                    self._stop(stop.received)
+                batch = place_batch(next(self._batches), self._mesh)
+                self.state, metrics = self._train_step(self.state, batch)
+                self.step += 1
+                in_flight.append(metrics["loss"])
+                if len(in_flight) > _STEPS_IN_FLIGHT:
+                    in_flight.popleft().block_until_ready()
+                self._after_step(batch, metrics, progress)
+
+    def close(self) -> None:
+        """Waits for the last checkpoint and closes all files."""
+        self._checkpoints.close()
+        for writer in self._writers:
+            writer.close()
+
+    def _compile(self) -> None:
+        config, mesh = self.config, self._mesh
+        packed = config.data.layout == "packed"
+        shardings = state_shardings(mesh, self.state)
+        train_step = jax.jit(
+            make_train_step(
+                self.model,
+                self._optimizer,
+                accumulate_steps=config.optimizer.accumulate_steps,
+                packed=packed,
+            ),
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        )
+        shape = (config.train.batch_size, config.data.context_length)
+        names = ("inputs", "targets", "positions", "segment_ids")
+        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+        batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.bool)
+        # Ahead of time, so that compiling does not count as training.
+        self._train_step = train_step.lower(self.state, batch).compile()
+        self._eval_step = jax.jit(make_eval_step(self.model, packed=packed))
+        self._inspect_step = jax.jit(make_inspect_step(self.model, packed=packed))
+
+    def _after_step(self, batch: Any, metrics: dict[str, jax.Array], progress: Progress) -> None:
+        """Logs, evaluates and saves where it is time to."""
+        config, last = self.config.train, self.step == self.config.train.steps
+        log = last or self.step == 1 or self.step % config.log_every == 0
+        save = last or self.step % config.checkpoint_every == 0
+        if not (log or save):
+            return
+        jax.block_until_ready(metrics)
+        self._watch.stop()
+        self._require_finite()
+        if log:
+            self._log(batch, metrics, progress)
+        if last or self.step % config.eval_every == 0:
+            self._evaluate(progress)
+        if save:
+            self._save()
+        self._watch.start()
+
+    def _log(self, batch: Any, metrics: dict[str, jax.Array], progress: Progress) -> None:
+        inspected = self._inspect_step(self.state.params, batch)
+        steps, seconds = self.step - self._logged[0], self.seconds - self._logged[1]
+        tokens = self.config.train.batch_size * self.config.data.context_length
+        self._logged = (self.step, self.seconds)
+        rate = steps * tokens / seconds
+        values = {
+            **to_numbers({name: metrics[name] for name in ("loss", "grad_norm")}),
+            "learning_rate": float(self._schedule(self.step - 1)),
+            **to_numbers(inspected),
+            "tokens_per_second": rate,
+            "seconds": self.seconds,
+        }
+        left = (self.config.train.steps - self.step) * tokens / rate
+        self._write("train", values)
+        progress.log(self.step, values["loss"], rate, left)
+
+    def _evaluate(self, progress: Progress) -> None:
+        # Not more rows at once than a training step has.
+        rows = self._rows // self.config.optimizer.accumulate_steps
+        values = evaluate(
+            self._eval_step,
+            self.state.params,
+            self._open_batches("valid", rows, shuffle=False, repeat=False),
+            self._mesh,
+            bytes_per_token=self.data.bytes_per_token["valid"],
+            limit=self.config.train.eval_batches,
+        )
+        if not all_finite(values):
+            self._diverged(self.step)
+        self._write("valid", values)
+        self._checkpoints.losses[self.step] = values["loss"]
+        progress.evaluated(self.step, values)
+
+    def _save(self) -> None:
+        if not is_finite(self.state):
+            self._diverged(self.step)
+        self._metrics.sync()
+        self._checkpoints.save(self.state, self._batches)
+
+    def _stop(self, signal: int) -> None:
+        self._require_finite()
+        self._save()
+        self._checkpoints.wait()
+        raise TrainingStopped(
+            f"stopped by a signal after step {self.step}, which is saved; "
+            "the same command goes on from there.",
+            signal,
+        )
+
+    def _require_finite(self) -> None:
+        if bad_step := int(self.state.bad_step):
+            self._diverged(bad_step)
+        self._last_check = self.step
+
+    def _diverged(self, bad_step: int) -> None:
+        self._checkpoints.wait()
+        saved = self._checkpoints.steps
+        last_good = (
+            f"the last good checkpoint is that of step {saved[-1]} in {self._folder.checkpoints}"
+            if saved
+            else "there is no checkpoint yet"
+        )
+        raise TrainingDiverged(
+            f"loss, gradient or parameters are not finite at step {bad_step}, found between the "
+            f"checks after steps {self._last_check} and {self.step}; {last_good}. "
+            "A lower optimizer.learning_rate or optimizer.clip_norm may help."
+        )
+
+    def _write(self, split: str, values: Values) -> None:
+        for writer in self._writers:
+            writer.write(self.step, split, values)
+
+    def _open_batches(self, split: str, rows: int, **options: bool) -> Any:
+        return self.data.batches(
+            split,
+            rows,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            **options,
+        )
