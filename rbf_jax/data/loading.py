@@ -129,6 +129,7 @@ def load_data(config: Any, *, seed: int, tokenizer_dir: str | Path | None = None
     tokens = {
         split: cached_tokens(
             cache_dir,
+            f"data.source={config.source!r}, split {split!r}",
             (source.fingerprint, split),
             lambda split=split: source.documents(split),  # type: ignore[misc]
             made,
@@ -172,7 +173,7 @@ def _tokenizer(
     """Returns the tokenizer kept in the run folder, or makes it and keeps it there."""
     kept = None if tokenizer_dir is None else Path(tokenizer_dir) / tokenizer.FILE_NAME
     if kept is not None and kept.is_file():
-        return tokenizer.load_tokenizer(kept)
+        return _kept_tokenizer(config, kept)
     made: tokenizer.Tokenizer
     if config.tokenizer == "bytes":
         made = tokenizer.ByteTokenizer()
@@ -194,6 +195,24 @@ def _tokenizer(
     if kept is not None:
         made.save(kept)
     return made
+
+
+def _kept_tokenizer(config: Any, path: Path) -> tokenizer.Tokenizer:
+    """Reads the tokenizer of a run, and refuses one that the configuration did not ask for."""
+    kept = tokenizer.load_tokenizer(path)
+    same = isinstance(kept, tokenizer.ByteTokenizer) == (config.tokenizer == "bytes")
+    # The file that it was copied from may be gone, but if it is there it must be the same.
+    if same and config.tokenizer not in ("bytes", "bpe"):
+        original = Path(config.tokenizer).expanduser()
+        same = not original.is_file() or (
+            tokenizer.load_tokenizer(original).fingerprint == kept.fingerprint
+        )
+    if not same:
+        raise ValueError(
+            f"data.tokenizer is {config.tokenizer!r}, but {path} is another tokenizer: a run keeps "
+            "the one that it started with; start another run."
+        )
+    return kept
 
 
 def _parse_absl_flags() -> None:

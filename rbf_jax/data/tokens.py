@@ -56,6 +56,7 @@ class Tokens:
 
 def cached_tokens(
     cache_dir: Path,
+    name: str,
     key: tuple[str, ...],
     documents: Callable[[], Iterable[str]],
     tokenizer: Tokenizer,
@@ -64,20 +65,21 @@ def cached_tokens(
 
     Args:
       cache_dir: Where the arrays are kept; made if missing.
+      name: Of the documents, for messages.
       key: What the content depends on besides the tokenizer.
       documents: Gives the documents, not empty; called only if the cache does not hold them.
       tokenizer: Of the documents.
 
     Raises:
-      ValueError: if there are no documents.
+      ValueError: if there is no text.
     """
     described = json.dumps([_FORMAT, *key, tokenizer.fingerprint])
-    name = hashlib.sha256(described.encode()).hexdigest()[:32]
-    stem = cache_dir.expanduser().absolute() / name
+    digest = hashlib.sha256(described.encode()).hexdigest()[:32]
+    stem = cache_dir.expanduser().absolute() / digest
     files = _Files(*(stem.with_suffix(f".{kind}") for kind in ("tokens", "offsets", "json")))
     found = _read(files)
     if found is None:
-        _write(files, documents(), tokenizer)
+        _write(files, name, documents(), tokenizer)
         found = _read(files)
         if found is None:
             raise OSError(f"token cache {stem} cannot be read back after it was written.")
@@ -110,7 +112,7 @@ def _read(files: _Files) -> Tokens | None:
         return None
 
 
-def _write(files: _Files, documents: Iterable[str], tokenizer: Tokenizer) -> None:
+def _write(files: _Files, name: str, documents: Iterable[str], tokenizer: Tokenizer) -> None:
     # Two processes may do this at once: what they write is the same, byte for byte, so it does
     # not matter whose file is renamed last.
     from tqdm import tqdm
@@ -118,7 +120,7 @@ def _write(files: _Files, documents: Iterable[str], tokenizer: Tokenizer) -> Non
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
     lengths: list[int] = []
     num_bytes = 0
-    logger.info("Tokenising into %s.", files.tokens)
+    logger.info("Tokenising %s into %s.", name, files.tokens)
     with replacing(files.tokens) as file, tqdm(unit=" documents", disable=None) as progress:
         for batch in _batches(documents):
             for tokens in tokenizer.encode_batch(batch):
@@ -126,8 +128,8 @@ def _write(files: _Files, documents: Iterable[str], tokenizer: Tokenizer) -> Non
                 lengths.append(len(tokens) + 1)
             num_bytes += sum(len(text.encode()) for text in batch)
             progress.update(len(batch))
-        if not lengths:
-            raise ValueError("the source holds no documents.")
+        if sum(lengths) == len(lengths):
+            raise ValueError(f"{name}: there is no text; at least one document is needed.")
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
     with replacing(files.offsets) as file:
         file.write(offsets.tobytes())
