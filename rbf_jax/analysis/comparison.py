@@ -156,7 +156,9 @@ def _warnings(runs: Sequence[Run], same_tokens: bool) -> list[str]:
     for run in runs:
         if not run.finished:
             steps = run.config["train"].get("steps")
-            warnings.append(f"Run {run.name} has not ended: it is at step {run.last_step} of {steps}.")
+            warnings.append(
+                f"Run {run.name} has not ended: it is at step {run.last_step} of {steps}."
+            )
         if not len(_curve(run.valid, "loss")[0]):
             warnings.append(f"Run {run.name} has no validation loss yet.")
     return warnings

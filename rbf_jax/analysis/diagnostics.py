@@ -32,6 +32,14 @@ class Inside:
         """R."""
         return self.attention_weights.shape[-1] - self.attention_weights.shape[-2]
 
+    def start(self, row: int, length: int) -> Inside:
+        """The first tokens of one row, B = 1; causal models do the same with them alone."""
+        columns = self.num_registers + length
+        return Inside(
+            self.attention_weights[:, row : row + 1, :, :length, :columns],
+            self.key_norms[:, row : row + 1, :columns],
+        )
+
     @property
     def sink_weights(self) -> np.ndarray:
         """(L, B, N, T): the weight that an origin sink takes, what is missing to a sum of 1."""
@@ -84,10 +92,15 @@ def _intermediates(model, variables, tokens, positions, segment_ids):
 def _by_layer(sown: Mapping[tuple[str, ...], tuple[jax.Array, ...]], name: str) -> np.ndarray:
     """Stacks what each layer sowed under a name, in the order of the layers' numbers."""
     paths = [path for path in sown if path[-1] == name]
-    return np.stack([np.asarray(sown[path][0]) for path in sorted(paths, key=_natural)])
+    return np.stack(
+        [
+            np.asarray(sown[path][0])
+            for path in sorted(paths, key=lambda path: natural("/".join(path)))
+        ]
+    )
 
 
-def _natural(path: tuple[str, ...]) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Sort key that puts block_2 before block_10."""
-    parts = re.split(r"(\d+)", "/".join(path))
+    parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

@@ -5,8 +5,7 @@ Only matplotlib's object interface is used, so that no figure lives in global st
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from rbf_jax.analysis.diagnostics import Inside, natural
 from rbf_jax.analysis.runs import Columns, Run
 from rbf_jax.analysis.style import (
     MASKED_COLOR,
@@ -58,11 +58,10 @@ def loss_figure(runs: Sequence[Run], metric: str = "loss") -> Figure:
         _limit_to_validation(axes, runs, metric)
     by_step.set_title("Loss by step")
     by_time.set_title("Loss by wall time")
-    difference.set(title=f"Validation, minus {plain(runs[0].name)}", xlabel="step", xlim=(0, None))
+    title = f"Validation loss, minus {plain(runs[0].name)}'s"
+    difference.set(title=title, xlabel="step", xlim=(0, None))
     difference.set_ylabel(f"difference in {label}")
-    marks = {"validation": {"linewidth": 1.5}, "training, smoothed": {"linewidth": 0.8, "alpha": 0.6}}
-    extra = [Line2D([], [], color="0.3", label=name, **mark) for name, mark in marks.items()]
-    _legend(figure, runs, extra)
+    _legend(figure, runs, {"validation": "thick", "training, running median": "thin"})
     return figure
 
 
@@ -85,10 +84,11 @@ def stability_figure(runs: Sequence[Run]) -> Figure | None:
         axes = figure.add_subplot((len(panels) + 1) // 2, 2, i + 1)
         for run, style in _styled(runs):
             if _has(run.train, key):
-                _line(axes, run.train["step"], run.train[key], style)
+                _line(axes, run.train["step"], run.train[key], style, thin=True)
+                _line(axes, run.train["step"], smooth(run.train[key]), style)
         axes.set(title=title, xlabel="step", ylabel=label, xlim=(0, None))
         axes.set_yscale(scale)
-    _legend(figure, runs)
+    _legend(figure, runs, {"running median": "thick", "as logged": "thin"})
     return figure
 
 
@@ -98,32 +98,38 @@ _LEARNED = (("gamma", "γ", "learn_gamma"), ("key_norm_weight", "λ", "learn_key
 @mpl.rc_context(STYLE)
 def learned_figure(runs: Sequence[Run]) -> Figure | None:
     """γ and λ of each layer against steps, one thin line a head; None if no run learns them."""
-    rows = []
+    panels = {}
     for key, symbol, flag in _LEARNED:
-        learning = [run for run in runs if run.config["model"]["attention"].get(flag)]
-        layers = dict.fromkeys(name for run in learning for name in run.train if name.startswith(f"{key}/"))
-        if layers:
-            rows.append((key, symbol, learning, sorted(layers)))
-    if not rows:
+        learning = [run for run in runs if run.config["model"]["attention"][flag]]
+        columns = {name for run in learning for name in run.train if name.startswith(f"{key}/")}
+        if columns:
+            panels[symbol] = sorted(columns, key=natural), learning
+    if not panels:
         return None
-    columns = max(len(layers) for *_, layers in rows)
-    figure = Figure(figsize=(_WIDTH, 0.5 + 2.3 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey="row")
-    for axes_row, (key, symbol, learning, layers) in zip(grid, rows):
-        for axes, layer in zip(axes_row, layers):
+    size = len(panels), max(len(columns) for columns, _ in panels.values())
+    figure = Figure(figsize=(_WIDTH, 0.5 + 2.3 * size[0]), layout="constrained")
+    grid = figure.subplots(*size, squeeze=False, sharex=True, sharey="row")
+    for axes_row, (symbol, (columns, learning)) in zip(grid, panels.items()):
+        for axes, column in zip(axes_row, columns):
             for run, style in _styled(runs):
-                if run in learning and layer in run.train:
-                    values = run.train[layer].reshape(len(run.train["step"]), -1)
-                    for head in values.T:
-                        _line(axes, run.train["step"], head, style, thin=values.shape[1] > 1)
-                    if values.shape[1] > 1:
-                        _line(axes, run.train["step"], values.mean(1), style)
-            axes.set_title(f"{symbol}, {layer.removeprefix(f'{key}/')}")
+                if run in learning and column in run.train:
+                    _heads(axes, run.train["step"], run.train[column], style)
+            axes.set_title(f"{symbol}, layer {column.partition('/')[2]}")
         axes_row[0].set_ylabel(symbol)
     for axes in grid[-1]:
         axes.set_xlabel("step")
-    _legend(figure, runs)
+    shown = [run for _, learning in panels.values() for run in learning]
+    weights = {"mean of heads": "thick", "a head": "thin"}
+    _legend(figure, [run for run in runs if run in shown], weights)
     return figure
+
+
+def _heads(axes: Axes, steps: np.ndarray, values: np.ndarray, style: LineStyle) -> None:
+    """Draws (n,) or (n, N): a thin line for each of several heads, and their mean."""
+    values = values.reshape(len(steps), -1)
+    for head in values.T if values.shape[1] > 1 else ():
+        _line(axes, steps, head, style, thin=True)
+    _line(axes, steps, values.mean(1), style)
 
 
 @mpl.rc_context(STYLE)
@@ -141,127 +147,116 @@ def key_norm_figure(
     width = 0.8 / len(runs)
     figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
     axes = figure.subplots()
+    mark = {"marker": "D", "color": REGISTER_COLOR, "linestyle": "", "markeredgecolor": "white"}
     for i, ((_, style), norms, register_norms) in enumerate(zip(_styled(runs), text, registers)):
         x = np.arange(len(norms)) + (i - (len(runs) - 1) / 2) * width
         _violins(axes, x, norms, 0.85 * width, style)
-        for position, row in zip(x, register_norms):
-            axes.plot(
-                np.full(len(row), position), row, "D", color=REGISTER_COLOR, markeredgecolor="white",
-                markeredgewidth=0.6, markersize=5, clip_on=False, zorder=4,
-            )  # fmt: skip
+        axes.plot(x, register_norms, **mark, clip_on=False, zorder=4)
     axes.set(xlabel="layer", ylabel="key norm ‖k‖", xticks=range(layers), ylim=(0, None))
     axes.grid(visible=False, axis="x")
     handles: list[Any] = [
-        Patch(facecolor=_lighter(style), edgecolor=style.color, hatch=style.hatch, label=plain(run.name))
+        Patch(
+            facecolor=_lighter(style),
+            edgecolor=style.color,
+            hatch=style.hatch,
+            label=plain(run.name),
+        )
         for run, style in _styled(runs)
     ]
-    handles.append(Line2D([], [], color="0.2", linewidth=1.2, label="median, quartiles"))
+    handles.append(
+        Line2D([], [], color="0.2", marker="o", linewidth=1.2, label="median, quartiles")
+    )
     if any(row.size for row in registers):
-        mark = {"marker": "D", "color": REGISTER_COLOR, "linestyle": "", "markeredgecolor": "white"}
         handles.append(Line2D([], [], label="register tokens, one a head", **mark))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return figure
 
 
-@dataclasses.dataclass(frozen=True)
-class AttentionMap:
-    """Attention weights of one model for one text.
-
-    Attributes:
-      weights: (L, N, T, R + T), columns of registers first.
-      sink: (L, N, T), weight of the origin sink; None without one.
-      tokens: T strings, how the tokens are written.
-    """
-
-    weights: np.ndarray
-    sink: np.ndarray | None
-    tokens: Sequence[str]
-
-    @property
-    def num_registers(self) -> int:
-        """R."""
-        return self.weights.shape[-1] - self.weights.shape[-2]
-
-    @property
-    def columns(self) -> list[str]:
-        """Labels of the columns: sink, registers, tokens."""
-        sink = [] if self.sink is None else ["sink"]
-        return [*sink, *(f"r{i}" for i in range(self.num_registers)), *self.tokens]
-
-    def panel(self, layer: int, head: int) -> np.ndarray:
-        """(T, columns) weights; NaN where a later token would be."""
-        panel = np.array(self.weights[layer, head], np.float64)
-        later = np.triu(np.ones((len(panel), len(panel)), bool), 1)
-        panel[:, self.num_registers :][later] = np.nan
-        if self.sink is not None:
-            panel = np.concatenate([self.sink[layer, head][:, None], panel], axis=1)
-        return panel
-
-
 @mpl.rc_context(STYLE)
-def attention_figure(attention: AttentionMap, title: str) -> Figure:
-    """Attention weights, a panel a layer (row) and head (column); rows of a panel are queries."""
-    layers, heads, length, _ = attention.weights.shape
-    side = float(np.clip(9.2 / heads, 1.1, 3.0))
-    figure = Figure(figsize=(side * heads + 1.3, side * layers + 1.0), layout="constrained")
-    grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
-    special = len(attention.columns) - length
-    image = None
+def attention_figure(
+    inside: Inside, tokens: Sequence[str], title: str, origin_sink: bool = False
+) -> Figure:
+    """Attention weights, a panel a layer (row) and head (column); rows of a panel are queries.
+
+    Args:
+      inside: what the layers did with one text, B = 1.
+      tokens: the text's T tokens, as they shall be written.
+      title: whose attention it is.
+      origin_sink: the model has a sink; its share is shown as the first column.
+    """
+    layers, _, heads, _, _ = inside.attention_weights.shape
+    special = ["sink"] * origin_sink + [f"r{i}" for i in range(inside.num_registers)]
+    side = float(np.clip(9.0 / heads, 1.1, 3.0))
+    figure = Figure(figsize=(side * heads + 1.0, side * layers + 0.9), layout="constrained")
+    grid = figure.subplots(layers, heads, squeeze=False)
+    look: dict[str, Any] = {
+        "cmap": mpl.colormaps[WEIGHTS_COLORMAP].with_extremes(bad=MASKED_COLOR),
+        "norm": PowerNorm(0.5, 0.0, 1.0),
+        "interpolation": "none",
+        "aspect": "auto",
+    }
     for layer, head in np.ndindex(layers, heads):
         axes = grid[layer, head]
-        colors = mpl.colormaps[WEIGHTS_COLORMAP].with_extremes(bad=MASKED_COLOR)
-        image = axes.imshow(
-            attention.panel(layer, head), cmap=colors, norm=PowerNorm(0.5, 0.0, 1.0), aspect="auto",
-            interpolation="none",
-        )  # fmt: skip
+        image = axes.imshow(attention_map(inside, layer, head, origin_sink), **look)
         if special:
-            axes.axvline(special - 0.5, color=REGISTER_COLOR, linewidth=0.8)
-        axes.set_title(f"layer {layer}, head {head}")
-        axes.grid(visible=False)
+            axes.axvline(len(special) - 0.5, color=REGISTER_COLOR, linewidth=1.0)
+        axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(True)
-    _label_tokens(grid, attention, side)
-    figure.colorbar(image, ax=grid, label="attention weight", ticks=[0, 0.05, 0.25, 0.5, 1], aspect=40)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
-    figure.supxlabel("key" + (" (red: registers and sink)" if special else ""), fontsize=8.5)
-    figure.supylabel("query", fontsize=8.5)
+        axes.set_title(f"head {head}" if layer == 0 else "", loc="center")
+        axes.set_ylabel(f"layer {layer}" if head == 0 else "", fontsize=9, fontweight="bold")
+    _label_tokens(grid, special, tokens, side)
+    figure.colorbar(
+        image, ax=grid, label="attention weight", ticks=[0, 0.05, 0.25, 0.5, 1], aspect=40, pad=0.01
+    )
+    figure.suptitle(f"{title}: attention weights, query (row) by key (column)", fontsize=10)
     return figure
 
 
-def _label_tokens(grid: np.ndarray, attention: AttentionMap, side: float) -> None:
+def attention_map(inside: Inside, layer: int, head: int, origin_sink: bool) -> np.ndarray:
+    """(T, [1 +] R + T) weights of one head: sink, registers, tokens; NaN where the future is."""
+    weights = np.array(inside.attention_weights[layer, 0, head])
+    weights[:, inside.num_registers :][np.triu(np.ones((len(weights), len(weights)), bool), 1)] = (
+        np.nan
+    )
+    if not origin_sink:
+        return weights
+    return np.concatenate([inside.sink_weights[layer, 0, head][:, None], weights], axis=1)
+
+
+def _label_tokens(
+    grid: np.ndarray, special: Sequence[str], tokens: Sequence[str], side: float
+) -> None:
     """Writes the tokens along the outer panels if there is room for them, else counts them."""
-    columns = attention.columns
-    special = len(columns) - len(attention.tokens)
-    size = min(7.0, 0.85 * 72 * 0.9 * side / len(columns))
-    if size >= 3.2:
-        x_ticks, y_ticks = range(len(columns)), range(len(attention.tokens))
-        x_labels, y_labels = [plain(c) for c in columns], [plain(t) for t in attention.tokens]
-    else:
-        size, marks = 7.0, range(0, len(attention.tokens), max(1, len(attention.tokens) // 4))
-        x_ticks = [*range(special), *(special + mark for mark in marks)]
-        y_ticks = list(marks)
-        x_labels, y_labels = [*columns[:special], *map(str, marks)], [str(mark) for mark in marks]
-    rotation = 90 if max(map(len, x_labels)) > 1 else 0
+    size = min(7.0, 72 * 0.95 * side / (len(special) + len(tokens)))
+    every = 1
+    if size < 3.5:
+        size, every = 7.0, max(1, len(tokens) // 4)
+        tokens = [str(i) for i in range(len(tokens))]
+    ticks, labels = list(range(len(tokens)))[::every], [plain(t) for t in tokens[::every]]
     for axes in grid[-1]:
-        axes.set_xticks(x_ticks, x_labels, fontsize=size, rotation=rotation)
-        for label in axes.get_xticklabels()[:special]:
+        x_ticks = [*range(len(special)), *(len(special) + tick for tick in ticks)]
+        rotation = 0 if max(map(len, labels)) == 1 else 90
+        axes.set_xticks(x_ticks, [*special, *labels], fontsize=size, rotation=rotation)
+        for label in axes.get_xticklabels()[: len(special)]:
             label.set(color=REGISTER_COLOR, fontweight="bold", rotation=90)
     for axes in grid[:, 0]:
-        axes.set_yticks(y_ticks, y_labels, fontsize=size)
-    for axes in grid.flat:
-        axes.tick_params(length=0 if size < 7 else 2, pad=1)
+        axes.set_yticks(ticks, labels, fontsize=size)
+    for axes in {*grid[-1], *grid[:, 0]}:
+        axes.tick_params(length=0 if every == 1 else 2, pad=1)
+        axes.grid(visible=False)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean of (n,) over about a fortieth of the points, narrower at the ends."""
-    half = len(values) // 80
-    valid = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(valid, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(valid)])
-    i = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(i, len(values) - 1 - i))
-    low, high = i - reach, i + reach + 1
-    count = counts[high] - counts[low]
-    return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
+    """Centred running median of (n,) over about a twentieth of the points, fewer at the ends.
+
+    Not a mean: one spike should not look like a plateau. NaN counts as missing.
+    """
+    half = len(values) // 40
+    smoothed = np.array(values, np.float64)
+    for i in np.flatnonzero(np.isfinite(values)):
+        reach = min(half, i, len(values) - 1 - i)
+        smoothed[i] = np.nanmedian(values[i - reach : i + reach + 1])
+    return smoothed
 
 
 def plain(text: str) -> str:
@@ -274,20 +269,27 @@ def _styled(runs: Sequence[Run]) -> list[tuple[Run, LineStyle]]:
     return list(zip(runs, line_styles([run.config for run in runs])))
 
 
+_THIN = {"linewidth": 0.8, "alpha": 0.6}
+
+
 def _line(axes: Axes, x: np.ndarray, y: np.ndarray, style: LineStyle, thin: bool = False) -> None:
     """A curve with some markers along it; a thin one without."""
-    marks = {"linewidth": 0.8, "alpha": 0.6}
+    marks: dict[str, Any] = dict(_THIN)
     if not thin:
         marks = {"marker": style.marker, "markevery": max(1, len(x) // 12), "zorder": 3}
     axes.plot(x, y, color=style.color, linestyle="-" if thin else style.linestyle, **marks)
 
 
-def _legend(figure: Figure, runs: Sequence[Run], extra: Iterable[Line2D] = ()) -> None:
+def _legend(figure: Figure, runs: Sequence[Run], weights: Mapping[str, str]) -> None:
+    """Names the runs, and what thick and thin lines are."""
     handles = [
         Line2D([], [], color=s.color, linestyle=s.linestyle, marker=s.marker, label=plain(run.name))
         for run, s in _styled(runs)
     ]
-    handles.extend(extra)
+    for label, weight in weights.items():
+        handles.append(
+            Line2D([], [], color="0.3", label=label, **_THIN if weight == "thin" else {})
+        )
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6))
 
 
@@ -317,7 +319,9 @@ def _limit_to_validation(axes: Axes, runs: Sequence[Run], metric: str) -> None:
 
 def _time_unit(runs: Sequence[Run]) -> tuple[float, str]:
     """Seconds in the unit that suits the longest run, and its name."""
-    longest = max((np.nanmax(run.train["seconds"]) for run in runs if _has(run.train, "seconds")), default=0)
+    longest = max(
+        (np.nanmax(run.train["seconds"]) for run in runs if _has(run.train, "seconds")), default=0
+    )
     if longest > 3 * 3600:
         return 3600.0, "hours"
     return (60.0, "minutes") if longest > 180 else (1.0, "seconds")

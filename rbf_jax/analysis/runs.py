@@ -17,7 +17,7 @@ import numpy as np
 Columns = Mapping[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """One run folder, read.
 
@@ -59,7 +59,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
       paths: two or more different run folders.
 
     Raises:
-      ValueError: fewer than two folders, one given twice, or a file in one is not what it should be.
+      ValueError: fewer than two folders, one given twice, or one with a malformed file.
       FileNotFoundError: a folder or a file in one is missing.
     """
     if len(paths) < 2:
@@ -134,7 +134,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics; a last line that a killed or running program left unfinished is left out."""
+    """Lines of metrics, less a last one that a killed or running program left unfinished."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; is {path.parent} a run folder?")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -24,6 +24,7 @@ def make_config(**changes):
             "positions": "susie",
             "attention": {
                 "kind": "rbf",
+                "origin_sink": False,
                 "dot_scale": "standard",
                 "qk_norm": False,
                 "gamma": None,
@@ -63,7 +64,7 @@ def make_rows(*, slope=0.01, spike=None, heads=None):
         for layer in range(2 if heads else 0):
             for name, start in (("gamma", 0.125), ("key_norm_weight", 1.0)):
                 values = start * (1 + 0.001 * step * (1 + layer) * np.arange(1, heads + 1))
-                row[f"{name}/block_{layer}"] = values.tolist()
+                row[f"{name}/{layer}"] = values.tolist()
         rows.append(row)
         if step % 20 == 0 and step:
             nats = {"loss": loss, "perplexity": np.exp(loss), "bits_per_byte": loss / np.log(2)}

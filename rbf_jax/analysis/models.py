@@ -1,0 +1,104 @@
+"""Opens the newest checkpoint of each run and looks inside the models on the same text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rbf_jax.analysis.diagnostics import Inside, look_inside
+from rbf_jax.analysis.runs import Run
+from rbf_jax.training import load_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What a trained model does with text.
+
+    Attributes:
+      step: the checkpoint's step.
+      inside: attention and keys of one text, B = 1.
+      tokens: T strings, the text's tokens.
+      text_key_norms: (L, samples), ‖k‖ of text tokens and heads over rows of the validation split.
+      register_key_norms: (L, R · K), ‖k‖ of registers; the same in every row.
+    """
+
+    step: int
+    inside: Inside
+    tokens: Sequence[str]
+    text_key_norms: np.ndarray
+    register_key_norms: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Examination:
+    """What the models of n runs do with the same text.
+
+    Attributes:
+      text: the text; each model reads its first tokens. Empty if no model could be opened.
+      found: n findings, or in one's place the reason why there are none.
+    """
+
+    text: str
+    found: Sequence[Findings | str]
+
+
+def examine(runs: Sequence[Run], *, num_tokens: int = 32, num_rows: int = 4) -> Examination:
+    """Looks inside the models of runs, on the start of the first run's first validation document.
+
+    Args:
+      runs: the runs; those without a usable checkpoint, or whose text is not to be had on this
+        machine, are reported and left out.
+      num_tokens: tokens of the text to read; a model with a shorter context reads less.
+      num_rows: rows of each run's validation split to gather key norms from.
+    """
+    text = ""
+    found: list[Findings | str] = []
+    for run in runs:
+        try:
+            loaded = load_run(run.path)
+            text = text or _first_document(loaded.data)
+            found.append(_look(loaded, text, num_tokens, num_rows))
+        except (OSError, ValueError) as error:
+            found.append(str(error))
+    return Examination(text, found)
+
+
+def _look(loaded: Any, text: str, num_tokens: int, num_rows: int) -> Findings:
+    rows = _validation_rows(loaded.data, num_rows)
+    tokens = loaded.data.tokenizer.encode(text)[: min(num_tokens, rows["inputs"].shape[1])]
+    # The text joins the rows as one more: two shapes would compile twice.
+    inputs, positions, segment_ids = (
+        np.concatenate([rows[key], np.zeros_like(rows[key][:1])])
+        for key in ("inputs", "positions", "segment_ids")
+    )
+    inputs[-1, : len(tokens)] = tokens
+    positions[-1] = np.arange(positions.shape[1])
+    segment_ids[-1, : len(tokens)] = 1
+    inside = look_inside(loaded.model, loaded.variables, inputs, positions, segment_ids)
+    layers = len(inside.key_norms)
+    return Findings(
+        step=loaded.step,
+        inside=inside.start(num_rows, len(tokens)),
+        tokens=[visible(loaded.data.tokenizer.decode([token])) for token in tokens],
+        text_key_norms=inside.text_key_norms[:, :-1][:, segment_ids[:-1] > 0].reshape(layers, -1),
+        register_key_norms=inside.register_key_norms[:, 0].reshape(layers, -1),
+    )
+
+
+def visible(token: str) -> str:
+    """A token with its white space shown."""
+    return token.translate({ord(" "): "␣", ord("\n"): "↵", ord("\r"): "↵", ord("\t"): "⇥"})
+
+
+def _validation_rows(data: Any, num_rows: int) -> dict[str, np.ndarray]:
+    return next(iter(data.batches("valid", num_rows, shuffle=False, repeat=False)))
+
+
+def _first_document(data: Any) -> str:
+    """The first document of the validation split, as far as it stands in the first row."""
+    rows = _validation_rows(data, 1)
+    tokens = rows["inputs"][0][rows["segment_ids"][0] == rows["segment_ids"][0, 0]]
+    return data.tokenizer.decode([int(token) for token in tokens if token != data.tokenizer.eos_id])
