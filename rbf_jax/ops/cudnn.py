@@ -60,15 +60,16 @@ def through_dot_product(
     """
     H = inputs.query.shape[-1]
     query, key, value = augment(inputs, options)
-    out = jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        scale=2 * cast(float, options.static_gamma),  # `unsupported` refused None
-        is_causal=options.is_causal,
-        local_window_size=options.window,
-        implementation=implementation,
-    )
+    with jax.numpy_dtype_promotion("standard"):  # jax.nn does not work in "strict" mode
+        out = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            scale=2 * cast(float, options.static_gamma),  # `unsupported` refused None
+            is_causal=options.is_causal,
+            local_window_size=options.window,
+            implementation=implementation,
+        )
     return out[..., :H]
 
 
