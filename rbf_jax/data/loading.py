@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# More rows than anybody will ever read.
+_FOREVER = 1 << 60
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -91,7 +94,8 @@ class Data:
         if shuffle:
             dataset = dataset.shuffle(self._seed)
         if repeat:
-            dataset = dataset.repeat()
+            # Without a number grain counts to sys.maxsize, which batches of 1 overflow.
+            dataset = dataset.repeat(_FOREVER // len(source))
         elif missing := -len(source) % (batch_size * process_count):
             padding = grain.MapDataset.source([rows.empty_row(self._context_length)] * missing)
             dataset = grain.MapDataset.concatenate([dataset, padding])

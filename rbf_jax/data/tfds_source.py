@@ -52,13 +52,15 @@ def named(name: str, data_dir: str, manual_dir: str) -> TfdsSource:
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format=_FORMAT)
     except tfds.core.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(name.split("/")[0], tfds.list_builders())
+        known = tfds.list_builders(with_community_datasets=False)
+        near = difflib.get_close_matches(name.split("/")[0], known)
         raise ValueError(
             f"data.source is 'tfds:{name}'; after 'tfds:' must come the name of a "
             f"tensorflow-datasets data set{', such as ' if near else ''}{', '.join(near)}."
         ) from error
     except ValueError as error:  # No such configuration or version, or no valid name at all.
-        raise ValueError(f"data.source is 'tfds:{name}': {error}") from error
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"data.source is 'tfds:{name}': {why}") from error
     return TfdsSource(builder, manual_dir)
 
 
