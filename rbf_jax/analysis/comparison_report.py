@@ -9,7 +9,7 @@ from typing import Any
 
 from rbf_jax.analysis import figures
 from rbf_jax.analysis.comparison import MISSING, Comparison
-from rbf_jax.analysis.models import Examination, Findings
+from rbf_jax.analysis.models import Findings
 from rbf_jax.analysis.report import Section, markdown_table
 from rbf_jax.analysis.runs import Run
 from rbf_jax.analysis.style import variant
@@ -30,14 +30,14 @@ def title(runs: Sequence[Run]) -> str:
 
 
 def sections(
-    runs: Sequence[Run], comparison: Comparison, examination: Examination, command: str
+    runs: Sequence[Run], comparison: Comparison, found: Sequence[Findings | str], command: str
 ) -> list[Section]:
     """The report's parts, in order.
 
     Args:
       runs: n runs.
       comparison: their numbers.
-      examination: what their models do.
+      found: what their models do, or why that is not known.
       command: what wrote the report.
     """
     date = datetime.date.today().isoformat()
@@ -48,7 +48,7 @@ def sections(
         _loss_section(runs, comparison),
         _stability_section(runs),
         _learned_section(runs),
-        *_inside_sections(runs, examination),
+        *_inside_sections(runs, found),
         Section("Written by", made),
     ]
     return [part for part in parts if part is not None]
@@ -86,22 +86,22 @@ def _stability_section(runs: Sequence[Run]) -> Section | None:
         "Thin: every logged step. Thick: running median. Spikes of the gradient norm, and logits "
         "that grow without end, come before a run diverges."
     )
-    return figure and Section("Stability", text, {"stability": figure})
+    return Section("Stability", text, {"stability": figure}) if figure else None
 
 
 def _learned_section(runs: Sequence[Run]) -> Section | None:
     figure = figures.learned_figure(runs)
     text = "γ is the bandwidth, λ the weight of the key norms. Thin: heads. Thick: their mean."
-    return figure and Section("Learned γ and λ", text, {"learned": figure})
+    return Section("Learned γ and λ", text, {"learned": figure}) if figure else None
 
 
-def _inside_sections(runs: Sequence[Run], examination: Examination) -> list[Section]:
+def _inside_sections(runs: Sequence[Run], findings: Sequence[Findings | str]) -> list[Section]:
     """Attention maps and key norms of the runs that have a checkpoint, and why others have none."""
-    found = [(run, f) for run, f in zip(runs, examination.found) if isinstance(f, Findings)]
-    lost = [(run, f) for run, f in zip(runs, examination.found) if isinstance(f, str)]
-    reasons = "\n".join(f"* No map of {run.name}: {reason}" for run, reason in lost)
+    found = [(run, f) for run, f in zip(runs, findings) if isinstance(f, Findings)]
+    lost = [(run, f) for run, f in zip(runs, findings) if isinstance(f, str)]
+    reasons = "\n".join(f"* Not shown: {run.name}, because {reason}" for run, reason in lost)
     if not found:
-        return [Section("Attention maps", reasons)]
+        return [Section("Attention maps and key norms", reasons)]
     text = (
         "Rows are queries, columns are keys; the same text of the validation split for all runs. "
         "Left of the red line are the registers (r0, r1, …) and the origin sink, where a model has "
@@ -109,17 +109,17 @@ def _inside_sections(runs: Sequence[Run], examination: Examination) -> list[Sect
     )
     maps = {
         "attention-" + run.name.replace("/", "--"): figures.attention_figure(
-            findings.inside,
-            findings.tokens,
-            f"{run.name}, step {findings.step:,}",
+            f.inside,
+            f.tokens,
+            f"{run.name}, step {f.step:,}",
             origin_sink=run.config["model"]["attention"]["origin_sink"],
         )
-        for run, findings in found
+        for run, f in found
     }
     norms = figures.key_norm_figure(
         [run for run, _ in found],
-        [findings.text_key_norms for _, findings in found],
-        [findings.register_key_norms for _, findings in found],
+        [f.text_key_norms for _, f in found],
+        [f.register_key_norms for _, f in found],
     )
     norm_text = (
         "Norms of the keys as attention sees them, over tokens and heads of some rows of the "

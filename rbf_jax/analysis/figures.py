@@ -15,6 +15,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from rbf_jax.analysis.diagnostics import Inside, natural
 from rbf_jax.analysis.runs import Columns, Run
@@ -58,7 +59,7 @@ def loss_figure(runs: Sequence[Run], metric: str = "loss") -> Figure:
         _limit_to_validation(axes, runs, metric)
     by_step.set_title("Loss by step")
     by_time.set_title("Loss by wall time")
-    title = f"Validation loss, minus {plain(runs[0].name)}'s"
+    title = f"Validation loss minus {plain(runs[0].name)}'s"
     difference.set(title=title, xlabel="step", xlim=(0, None))
     difference.set_ylabel(f"difference in {label}")
     _legend(figure, runs, {"validation": "thick", "training, running median": "thin"})
@@ -87,7 +88,11 @@ def stability_figure(runs: Sequence[Run]) -> Figure | None:
                 _line(axes, run.train["step"], run.train[key], style, thin=True)
                 _line(axes, run.train["step"], smooth(run.train[key]), style)
         axes.set(title=title, xlabel="step", ylabel=label, xlim=(0, None))
-        axes.set_yscale(scale)
+        if scale == "log":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
     _legend(figure, runs, {"running median": "thick", "as logged": "thin"})
     return figure
 
@@ -101,9 +106,9 @@ def learned_figure(runs: Sequence[Run]) -> Figure | None:
     panels = {}
     for key, symbol, flag in _LEARNED:
         learning = [run for run in runs if run.config["model"]["attention"][flag]]
-        columns = {name for run in learning for name in run.train if name.startswith(f"{key}/")}
-        if columns:
-            panels[symbol] = sorted(columns, key=natural), learning
+        names = {name for run in learning for name in run.train if name.startswith(f"{key}/")}
+        if names:
+            panels[symbol] = sorted(names, key=natural), learning
     if not panels:
         return None
     size = len(panels), max(len(columns) for columns, _ in panels.values())
@@ -147,11 +152,12 @@ def key_norm_figure(
     width = 0.8 / len(runs)
     figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
     axes = figure.subplots()
-    mark = {"marker": "D", "color": REGISTER_COLOR, "linestyle": "", "markeredgecolor": "white"}
+    mark: dict[str, Any] = {"marker": "D", "color": REGISTER_COLOR, "linestyle": ""}
+    mark |= {"markerfacecolor": "none", "markersize": 4.5}
     for i, ((_, style), norms, register_norms) in enumerate(zip(_styled(runs), text, registers)):
         x = np.arange(len(norms)) + (i - (len(runs) - 1) / 2) * width
-        _violins(axes, x, norms, 0.85 * width, style)
-        axes.plot(x, register_norms, **mark, clip_on=False, zorder=4)
+        _violins(axes, x - 0.1 * width, norms, 0.75 * width, style)
+        axes.plot(x + 0.37 * width, register_norms, **mark, clip_on=False, zorder=4)
     axes.set(xlabel="layer", ylabel="key norm ‖k‖", xticks=range(layers), ylim=(0, None))
     axes.grid(visible=False, axis="x")
     handles: list[Any] = [
@@ -188,7 +194,7 @@ def attention_figure(
     special = ["sink"] * origin_sink + [f"r{i}" for i in range(inside.num_registers)]
     side = float(np.clip(9.0 / heads, 1.1, 3.0))
     figure = Figure(figsize=(side * heads + 1.0, side * layers + 0.9), layout="constrained")
-    grid = figure.subplots(layers, heads, squeeze=False)
+    grid: Any = figure.subplots(layers, heads, squeeze=False)
     look: dict[str, Any] = {
         "cmap": mpl.colormaps[WEIGHTS_COLORMAP].with_extremes(bad=MASKED_COLOR),
         "norm": PowerNorm(0.5, 0.0, 1.0),
@@ -251,11 +257,12 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
     Not a mean: one spike should not look like a plateau. NaN counts as missing.
     """
-    half = len(values) // 40
+    last, half = len(values) - 1, len(values) // 40
     smoothed = np.array(values, np.float64)
-    for i in np.flatnonzero(np.isfinite(values)):
-        reach = min(half, i, len(values) - 1 - i)
-        smoothed[i] = np.nanmedian(values[i - reach : i + reach + 1])
+    for i in range(len(values)):
+        if np.isfinite(values[i]):
+            reach = min(half, i, last - i)
+            smoothed[i] = np.nanmedian(values[i - reach : i + reach + 1])
     return smoothed
 
 
@@ -269,12 +276,12 @@ def _styled(runs: Sequence[Run]) -> list[tuple[Run, LineStyle]]:
     return list(zip(runs, line_styles([run.config for run in runs])))
 
 
-_THIN = {"linewidth": 0.8, "alpha": 0.6}
+_THIN: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.6}
 
 
 def _line(axes: Axes, x: np.ndarray, y: np.ndarray, style: LineStyle, thin: bool = False) -> None:
     """A curve with some markers along it; a thin one without."""
-    marks: dict[str, Any] = dict(_THIN)
+    marks = dict(_THIN)
     if not thin:
         marks = {"marker": style.marker, "markevery": max(1, len(x) // 12), "zorder": 3}
     axes.plot(x, y, color=style.color, linestyle="-" if thin else style.linestyle, **marks)
@@ -327,8 +334,9 @@ def _time_unit(runs: Sequence[Run]) -> tuple[float, str]:
     return (60.0, "minutes") if longest > 180 else (1.0, "seconds")
 
 
-def _lighter(style: LineStyle) -> tuple[float, ...]:
-    return tuple(0.45 + 0.55 * part for part in mpl.colors.to_rgb(style.color))
+def _lighter(style: LineStyle) -> tuple[float, float, float]:
+    red, green, blue = (0.45 + 0.55 * part for part in mpl.colors.to_rgb(style.color))
+    return red, green, blue
 
 
 def _violins(axes: Axes, x: np.ndarray, norms: np.ndarray, width: float, style: LineStyle) -> None:

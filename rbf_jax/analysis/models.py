@@ -32,38 +32,30 @@ class Findings:
     register_key_norms: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Examination:
-    """What the models of n runs do with the same text.
-
-    Attributes:
-      text: the text; each model reads its first tokens. Empty if no model could be opened.
-      found: n findings, or in one's place the reason why there are none.
-    """
-
-    text: str
-    found: Sequence[Findings | str]
-
-
-def examine(runs: Sequence[Run], *, num_tokens: int = 32, num_rows: int = 4) -> Examination:
-    """Looks inside the models of runs, on the start of the first run's first validation document.
+def examine(
+    runs: Sequence[Run], *, num_tokens: int = 32, num_rows: int = 4
+) -> list[Findings | str]:
+    """Looks inside the models of n runs, on one text: from the first run's validation split.
 
     Args:
-      runs: the runs; those without a usable checkpoint, or whose text is not to be had on this
-        machine, are reported and left out.
+      runs: the runs.
       num_tokens: tokens of the text to read; a model with a shorter context reads less.
       num_rows: rows of each run's validation split to gather key norms from.
+
+    Returns:
+      n findings; in place of one the reason why there is none, where a run has no checkpoint that
+      can be read, or its data is not on this machine.
     """
     text = ""
     found: list[Findings | str] = []
     for run in runs:
         try:
             loaded = load_run(run.path)
-            text = text or _first_document(loaded.data)
+            text = text or _document(loaded.data)
             found.append(_look(loaded, text, num_tokens, num_rows))
         except (OSError, ValueError) as error:
             found.append(str(error))
-    return Examination(text, found)
+    return found
 
 
 def _look(loaded: Any, text: str, num_tokens: int, num_rows: int) -> Findings:
@@ -97,8 +89,9 @@ def _validation_rows(data: Any, num_rows: int) -> dict[str, np.ndarray]:
     return next(iter(data.batches("valid", num_rows, shuffle=False, repeat=False)))
 
 
-def _first_document(data: Any) -> str:
-    """The first document of the validation split, as far as it stands in the first row."""
-    rows = _validation_rows(data, 1)
-    tokens = rows["inputs"][0][rows["segment_ids"][0] == rows["segment_ids"][0, 0]]
-    return data.tokenizer.decode([int(token) for token in tokens if token != data.tokenizer.eos_id])
+def _document(data: Any) -> str:
+    """The longest document in the first row of the validation split."""
+    row = {key: values[0] for key, values in _validation_rows(data, 1).items()}
+    longest = np.argmax(np.bincount(row["segment_ids"][row["segment_ids"] > 0]))
+    tokens = row["inputs"][row["segment_ids"] == longest]
+    return data.tokenizer.decode([int(token) for token in tokens])

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # For `matplotlib.rc_context`; no figure depends on the user's own matplotlibrc.
-STYLE: Mapping[str, Any] = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "axes.titlesize": 9,
@@ -55,8 +55,8 @@ class LineStyle:
     """How one variant is drawn; names of matplotlib."""
 
     color: str
-    linestyle: str | tuple[int, tuple[float, ...]]
-    marker: str
+    linestyle: Any
+    marker: Any
     hatch: str
 
 
