@@ -26,16 +26,19 @@ def data() -> ConfigDict:
     return ConfigDict(
         {
             # "embedded": simple stories generated on the spot, deterministic, some 5 MB.
-            # "text": the files below. "tinystories": downloaded through tensorflow-datasets.
+            # "text": the files below. "tinystories": downloaded through tensorflow-datasets, the
+            # stories by GPT-4 only; "tinystories/original": the first version.
             # "tfds:NAME": any tensorflow-datasets text data set, for example "tfds:lm1b".
             "source": "embedded",
             # For "text": .txt, .gz or .xz files, UTF-8; glob patterns are expanded.
             "train_files": (),
-            # For "text": validation files. None: the last 5 % of the training documents.
+            # For "text": validation files. Empty: the last 5 % of the training documents.
             "valid_files": (),
-            # For "text": the line or string that ends a document; "" for one document a file.
+            # For "text": the string between documents; "" for one document a file. White space
+            # around a document is dropped.
             "separator": "<|endoftext|>",
-            # For "tinystories" and "tfds:NAME": tfds data directory, and manually fetched files.
+            # For "tinystories" and "tfds:NAME": tfds data directory, and manually fetched files;
+            # "" for the defaults of tensorflow-datasets.
             "tfds_dir": "",
             "manual_dir": "",
             # "bytes", "bpe" (trained on the training text, kept in the run folder), or the path
@@ -45,8 +48,9 @@ def data() -> ConfigDict:
             "vocab_size": 4096,
             # Tokens per row of a batch, T.
             "context_length": 256,
-            # "packed": documents one after another, attention kept inside each by segment ids.
-            # "padded": one document a row, cut or padded to the context length.
+            # "packed": as many documents in a row as fit, attention kept inside each by segment
+            # ids; documents longer than T are cut into pieces of T, and nothing is lost.
+            # "padded": one document a row, cut or padded to T.
             "layout": "packed",
             # Token arrays are cached here, keyed by content.
             "cache_dir": ".cache/tokens",

@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from rbf_jax.training.state import TrainState, digest
+from rbf_jax.training.state import TrainState, digest, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +95,10 @@ class Checkpoints:
         if step in self.steps:
             return
         params, rest = _split(state)
+        marks = fingerprint(state)
         about = {
-            "params": int(digest(params)),
-            "rest": int(digest(rest)),
+            "params": int(marks.params),
+            "rest": int(marks.rest),
             "data": self._data_fingerprint,
         }
         self._manager.save(
@@ -167,12 +168,14 @@ class Checkpoints:
                 about=ocp.args.JsonRestore(),
             ),
         )
-        _require_digest(items.params, items.about["params"])
-        _require_digest(items.rest, items.about["rest"])
+        restored = TrainState(params=items.params, **items.rest)
+        marks = fingerprint(restored)
+        _require_digest(marks.params, items.about["params"])
+        _require_digest(marks.rest, items.about["rest"])
         self._manager.restore(
             step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(iterator))
         )
-        return TrainState(params=items.params, **items.rest), items.about["data"]
+        return restored, items.about["data"]
 
     def _move_aside(self, bad: Iterable[int]) -> None:
         for step in bad:
@@ -229,7 +232,8 @@ def read_params(folder: Path, step: int, params: Any) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(here / "params", wanted)
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            _require_digest(restored, checkpointer.restore(here / "about")["params"])
+            about = checkpointer.restore(here / "about")
+        _require_digest(jax.jit(digest)(restored), about["params"])
     except Exception as error:  # Orbax and TensorStore raise whatever a bad file leads to.
         raise CheckpointError(f"checkpoint {here} cannot be read: {_one_line(error)}") from error
     return restored
@@ -241,8 +245,8 @@ def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:
     return rest.pop("params"), rest
 
 
-def _require_digest(values: Any, expected: int) -> None:
-    if int(digest(values)) != expected:
+def _require_digest(actual: jax.Array, expected: int) -> None:
+    if int(actual) != expected:
         raise ValueError(
             "the values read back are not those that were saved (their digests differ)"
         )

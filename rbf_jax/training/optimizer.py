@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -30,7 +31,12 @@ def make_schedule(config: Any, steps: int) -> optax.Schedule:
         decay_steps=steps,
         end_value=config.final_learning_rate,
     )
-    return lambda count: schedule(count + 1)
+
+    def learning_rate(count: chex.Numeric) -> jax.Array:
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and float32.
+            return jnp.asarray(schedule(count + 1), jnp.float32)
+
+    return learning_rate
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
@@ -48,8 +54,20 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
         mask=decay_mask,
     )
     if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        return _with_promotion(adamw)
+    return _with_promotion(optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw))
+
+
+def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """optax mixes dtypes, as in decay**count, which JAX's strict mode would not let it."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def decay_mask(params: Any) -> Any:

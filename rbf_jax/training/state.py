@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -54,15 +55,39 @@ def create_state(
     return jax.jit(create, out_shardings=shardings)(key)
 
 
-@jax.jit
-def digest(tree: Any) -> jax.Array:
-    """Returns uint32 () that changes with any single changed value, whatever the sharding.
+class Fingerprint(NamedTuple):
+    """What tells a state from one with a single other bit.
 
-    Each value's bits are weighted by an odd number that depends on its place and added modulo
+    Attributes:
+      params: uint32 (), digest of the parameters.
+      rest: uint32 (), digest of everything else.
+      finite: bool (), whether all floating-point values are finite.
+    """
+
+    params: jax.Array
+    rest: jax.Array
+    finite: jax.Array
+
+
+@jax.jit
+def fingerprint(state: TrainState) -> Fingerprint:
+    """Returns the fingerprint of a state, computed where its arrays are, whatever the sharding."""
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return Fingerprint(
+        params=digest(state.params),
+        rest=digest(dataclasses.replace(state, params=())),
+        finite=jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats])),
+    )
+
+
+def digest(tree: Any) -> jax.Array:
+    """Returns uint32 () that changes with any single changed value.
+
+    Each value's bits are weighted by an odd number that depends on its place, and added modulo
     2**32. Integer sums do not depend on their order, so the result is exact.
 
     Args:
-      tree: pytree of arrays of at most 32 bits.
+      tree: pytree of arrays of numbers, of at most 32 bits each.
     """
     total = jnp.zeros((), jnp.uint32)
     for position, leaf in enumerate(jax.tree.leaves(tree)):
@@ -71,10 +96,3 @@ def digest(tree: Any) -> jax.Array:
         place = jnp.arange(bits.size, dtype=jnp.uint32) + jnp.uint32(position * 0x9E3779B1 % 2**32)
         total += jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
     return total
-
-
-@jax.jit
-def is_finite(tree: Any) -> jax.Array:
-    """Returns bool (): whether every value of the pytree's floating-point arrays is finite."""
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))

@@ -53,18 +53,20 @@ def make_loss(model: CausalLM, *, packed: bool) -> Callable[[Any, Batch], jax.Ar
 def make_train_step(
     model: CausalLM,
     optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
     *,
     accumulate_steps: int = 1,
     packed: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the function (state, batch) → (state, metrics).
 
-    Metrics are float32 (): "loss", mean over the batch's targets in nats, and "grad_norm", before
-    clipping.
+    Metrics are float32 (): "loss", mean over the batch's targets in nats, "grad_norm", before
+    clipping, and "learning_rate".
 
     Args:
       model: the language model.
       optimizer: of `make_optimizer`.
+      schedule: of `make_schedule`, for the metrics.
       accumulate_steps: micro-batches, one after another; divides B. The update is that of the
         whole batch at once, up to rounding: losses are divided by the targets of all of it.
       packed: whether a row may hold several documents.
@@ -85,7 +87,7 @@ def make_train_step(
         loss, grads = loss_and_grads(state.params, batch)
         targets = jnp.maximum(jnp.sum(batch["loss_mask"], dtype=jnp.float32), 1)
         loss, grads = jax.tree.map(lambda total: total / targets, (loss, grads))
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         step = state.step + 1
         bad = ~jnp.isfinite(loss + grad_norm) & (state.bad_step == 0)
@@ -95,7 +97,8 @@ def make_train_step(
             opt_state=opt_state,
             bad_step=jnp.where(bad, step, state.bad_step),
         )
-        return new_state, {"loss": loss, "grad_norm": grad_norm}
+        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": schedule(state.step)}
+        return new_state, metrics
 
     return train_step
 

@@ -22,7 +22,7 @@ from rbf_jax.training.progress import Progress, Stopwatch
 from rbf_jax.training.run_folder import RunFolder
 from rbf_jax.training.sharding import batch_sharding, place_batch, state_shardings
 from rbf_jax.training.signals import StopRequest
-from rbf_jax.training.state import create_state, is_finite
+from rbf_jax.training.state import create_state, fingerprint
 from rbf_jax.training.step import make_eval_step, make_inspect_step, make_train_step
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,6 @@ class Trainer:
         self.data = load_data(config.data, seed=config.seed, tokenizer_dir=folder.path)
         self.model = CausalLM(model_config(config, self.data.tokenizer.vocab_size))
         self._optimizer = make_optimizer(config.optimizer, config.train.steps)
-        self._schedule = make_schedule(config.optimizer, config.train.steps)
         self._rows = config.train.batch_size // jax.process_count()  # of this process
         self._batches = iter(self._open_batches("train", self._rows, shuffle=True, repeat=True))
         self._checkpoints = Checkpoints(
@@ -147,6 +146,7 @@ class Trainer:
             make_train_step(
                 self.model,
                 self._optimizer,
+                make_schedule(config.optimizer, config.train.steps),
                 accumulate_steps=config.optimizer.accumulate_steps,
                 packed=packed,
             ),
@@ -188,8 +188,7 @@ class Trainer:
         self._logged = (self.step, self.seconds)
         rate = steps * tokens / seconds
         values = {
-            **to_numbers({name: metrics[name] for name in ("loss", "grad_norm")}),
-            "learning_rate": float(self._schedule(self.step - 1)),
+            **to_numbers({name: metrics[name] for name in ("loss", "grad_norm", "learning_rate")}),
             **to_numbers(inspected),
             "tokens_per_second": rate,
             "seconds": self.seconds,
@@ -216,7 +215,7 @@ class Trainer:
         progress.evaluated(self.step, values)
 
     def _save(self) -> None:
-        if not is_finite(self.state):
+        if not fingerprint(self.state).finite:
             self._diverged(self.step)
         self._metrics.sync()
         self._checkpoints.save(self.state, self._batches)

@@ -1,0 +1,16 @@
+"""The dot-product twin of stories_rbf.py: other attention, positions and register, no more.
+
+Command:  python -m experiments.train --config=configs/stories_dot.py
+          On your own text: as stories_rbf.py says.
+Hardware:
+Time:
+Expect:
+"""
+
+from configs import stories_rbf
+from configs.twins import twin
+
+
+def get_config():
+    """Returns the configuration."""
+    return twin(stories_rbf.get_config(), "dot")
