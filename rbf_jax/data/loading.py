@@ -128,7 +128,7 @@ def load_data(config: Any, *, seed: int, tokenizer_dir: str | Path | None = None
     """
     _validate(config, seed)
     source = sources.open_source(config)
-    cache_dir = Path(config.cache_dir)
+    cache_dir = Path(config.cache_dir).expanduser()
     made = _tokenizer(config, source, cache_dir, tokenizer_dir)
     tokens = {
         split: cached_tokens(

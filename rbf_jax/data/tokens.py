@@ -75,7 +75,7 @@ def cached_tokens(
     """
     described = json.dumps([_FORMAT, *key, tokenizer.fingerprint])
     digest = hashlib.sha256(described.encode()).hexdigest()[:32]
-    stem = cache_dir.expanduser().absolute() / digest
+    stem = cache_dir.absolute() / digest
     files = _Files(*(stem.with_suffix(f".{kind}") for kind in ("tokens", "offsets", "json")))
     found = _read(files)
     if found is None:

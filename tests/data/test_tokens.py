@@ -106,10 +106,10 @@ def test_processes_that_build_the_same_at_once(tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE
         )
-        for _ in range(3)
+        for _ in range(2)
     ]
     for process in running:
         process.communicate(b"go\n")
-    assert [process.returncode for process in running] == [0, 0, 0]
+    assert [process.returncode for process in running] == [0, 0]
     assert_whole(build(tmp_path))
     assert len(list(tmp_path.iterdir())) == 3

@@ -1,0 +1,29 @@
+import pytest
+
+from rbf_jax.data.files import replacing
+
+
+def test_two_writers_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "folder" / "file"
+    with replacing(path) as first:
+        first.write(b"fir")
+        with replacing(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+        first.write(b"st")
+    assert path.read_bytes() == b"first"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_writer_leaves_the_old_file(tmp_path):
+    def fail(path):
+        with replacing(path) as file:
+            file.write(b"new")
+            raise RuntimeError("disk on fire")
+
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        fail(path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
