@@ -41,7 +41,7 @@ def attend(inputs: Inputs, masking: Masking, options: Options) -> tuple[jax.Arra
     products = einsum("btkgh,bskh->bkgts", query, key)
     logits = 2 * gamma * products - key_norm_weight * gamma * key_norms
 
-    positions = jnp.arange(T), jnp.arange(S)
+    positions = jnp.arange(T, dtype=jnp.int32), jnp.arange(S, dtype=jnp.int32)
     bias = alibi_bias(masking, K, *positions)
     if bias is not None:
         logits = logits + bias

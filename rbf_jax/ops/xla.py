@@ -70,10 +70,11 @@ class _Axis:
     def holding(self, lowest: list, highest: list):
         """The blocks [first, last) that hold the positions from all of `lowest` to `highest`."""
         first = functools.reduce(jnp.maximum, lowest) // self.block
-        return first, functools.reduce(jnp.minimum, highest) // self.block + 1
+        last = functools.reduce(jnp.minimum, highest) // self.block + 1
+        return jnp.int32(first), jnp.int32(last)
 
     def positions(self, index) -> jax.Array:
-        return index * self.block + jnp.arange(self.block)
+        return index * self.block + jnp.arange(self.block, dtype=jnp.int32)
 
 
 class _Call(NamedTuple):
@@ -196,7 +197,7 @@ def _forward(inputs: Inputs, masking: Masking, options: Options):
         return rows.update(out, block, i, 3), rows.update(logsumexp, row_logsumexp, i, 3)
 
     carry = jnp.zeros((B, K, G, T, H), inputs.query.dtype), jnp.zeros((B, K, G, T), dtype)
-    out, logsumexp = lax.fori_loop(0, rows.num_blocks, query_block, carry)
+    out, logsumexp = lax.fori_loop(jnp.int32(0), jnp.int32(rows.num_blocks), query_block, carry)
     return _lengths_first(out, rows), _lengths_first(logsumexp, rows)
 
 
@@ -254,7 +255,9 @@ def _backward(
         jnp.zeros((B, K, S, H), dtype),
         jnp.zeros((B, K, G, S), dtype),
     )
-    dq, dk, dv, column_sums = lax.fori_loop(0, columns.num_blocks, key_block, carry)
+    dq, dk, dv, column_sums = lax.fori_loop(
+        jnp.int32(0), jnp.int32(columns.num_blocks), key_block, carry
+    )
     return DotGradients(
         query=_lengths_first(dq, rows),
         key=_lengths_first(dk[:, :, None], columns),

@@ -1,0 +1,184 @@
+"""The calls that every implementation is tested on, by name."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes, the size of the vectors, and the options of one call.
+
+    `features` names what an implementation may refuse; `options` may hold functions of the shape
+    (B, N, T, S), which are called to make arrays.
+    """
+
+    name: str
+    T: int = 33
+    S: int = 33
+    B: int = 2
+    N: int = 2
+    K: int = 2
+    H: int = 16
+    norm: float = 1.0  # standard deviation of the coordinates of queries and keys
+    offset: float = 0.0  # added to the keys' first coordinate
+    per_head: bool = False  # γ and λ as arrays, one number per head
+    features: frozenset[str] = frozenset()
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def arrays(self, dtype, seed=0):
+        """q, k, v, γ, λ and the cotangents of output and logsumexp."""
+        keys = jax.random.split(jax.random.key(seed), 5)
+        make = lambda key, *shape: jax.random.normal(key, shape, jnp.float32)  # noqa: E731
+        B, T, S, N, K, H = self.B, self.T, self.S, self.N, self.K, self.H
+        query = self.norm * make(keys[0], B, T, N, H)
+        key = self.norm * make(keys[1], B, S, K, H)
+        key = key.at[..., 0].add(self.offset)
+        value, dout = make(keys[2], B, S, K, H), make(keys[3], B, T, N, H)
+        parameter = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+        gamma: Any = parameter.type(1 / np.sqrt(H))
+        key_norm_weight: Any = parameter.type(1)
+        if self.per_head:
+            gamma = np.linspace(0.5, 1.5, N, dtype=parameter) / parameter.type(np.sqrt(H))
+            key_norm_weight = np.linspace(0, 1, N, dtype=parameter)
+        dlogsumexp = make(keys[4], B, T, N)
+        cast = [x.astype(dtype) for x in (query, key, value)]
+        return *cast, gamma, key_norm_weight, dout.astype(dtype), dlogsumexp
+
+    def resolved_options(self):
+        """The options with their arrays made."""
+        shape = (self.B, self.N, self.T, self.S)
+        return {name: value(*shape) if callable(value) else value for name, value in self.options}
+
+
+def case(name, features=(), *, T=33, S=33, B=2, N=2, K=2, H=16, **rest) -> Case:
+    """Builds a Case: keyword arguments that are no field of it are options of the call."""
+    fields = {field.name for field in dataclasses.fields(Case)}
+    own = {key: rest.pop(key) for key in list(rest) if key in fields}
+    return Case(
+        name,
+        T,
+        S,
+        B,
+        N,
+        K,
+        H,
+        features=frozenset(features),
+        options=tuple(sorted(rest.items())),
+        **own,
+    )
+
+
+def _mask(*axes):
+    """A random mask that is full along `axes` (of B, N, T, S) and broadcast along the others."""
+
+    def make(*shape):
+        kept = tuple(n if axis in axes else 1 for axis, n in zip("BNTS", shape, strict=True))
+        return np.random.default_rng(1).random(kept) < 0.7
+
+    return make
+
+
+def _some_rows_masked(B, N, T, S):
+    mask = np.random.default_rng(2).random((B, N, T, S)) < 0.5
+    mask[:, :, 3] = False
+    mask[-1, 0] = False
+    return mask
+
+
+def _segments(length_axis):
+    def make(B, N, T, S):
+        length = {"T": T, "S": S}[length_axis]
+        return np.stack([np.arange(length) * (3 + b) // length for b in range(B)])
+
+    return make
+
+
+SEGMENTS = {"query_segment_ids": _segments("T"), "key_value_segment_ids": _segments("S")}
+
+CASES = [
+    case("full", T=17, S=23),
+    case("one_query", T=1, S=19),
+    case("one_key", T=19, S=1),
+    case("one_of_each", T=1, S=1),
+    case("causal", is_causal=True),
+    case("causal_more_keys", T=13, S=29, is_causal=True),
+    case("causal_more_queries", T=29, S=13, is_causal=True),
+    case("prime_lengths", T=127, S=131, is_causal=True),
+    case("several_blocks", T=523, S=1031, B=1, is_causal=True),
+    case("several_blocks_full", T=300, S=520, B=1, K=1),
+    case("unbatched_size", B=1, T=16, S=16, H=24),
+    case("grouped", N=4, K=2, is_causal=True),
+    case("multi_query", N=4, K=1, per_head=True, is_causal=True, features=["array_gamma"]),
+    case("per_head", per_head=True, features=["array_gamma"]),
+    case("window", is_causal=True, local_window_size=5),
+    case("window_two_sided", ["two_sided_window"], local_window_size=(3, 2)),
+    case("window_blocks", ["two_sided_window"], T=600, S=600, B=1, local_window_size=(40, 9)),
+    case("window_zero", is_causal=True, local_window_size=0),
+    case("mask_BNTS", ["mask"], mask=_mask("B", "N", "T", "S")),
+    case("mask_TS", ["mask"], mask=_mask("T", "S"), is_causal=True),
+    case("mask_BS", ["mask"], mask=_mask("B", "S"), T=300, S=520, B=2),
+    case("mask_NT", ["mask"], mask=_mask("N", "T"), N=4),
+    case("mask_none", ["mask"], mask=_mask(), N=4),
+    case("mask_rows", ["mask"], mask=_some_rows_masked),
+    case(
+        "lengths",
+        ["lengths"],
+        query_seq_lengths=lambda B, *_: np.array([7, 33], np.int32),
+        key_value_seq_lengths=lambda B, *_: np.array([33, 11], np.int32),
+    ),
+    case(
+        "lengths_zero",
+        ["lengths"],
+        T=300,
+        S=600,
+        key_value_seq_lengths=lambda B, *_: np.array([0, 520], np.int32),
+    ),
+    case("segments", ["segments"], **SEGMENTS),
+    case("segments_causal", ["segments"], T=300, S=300, is_causal=True, **SEGMENTS),
+    case("alibi", ["alibi"], is_causal=True, alibi_slopes=lambda B, N, *_: 2.0 ** -np.arange(N)),
+    case("sink", ["sink"], origin_sink=True, is_causal=True),
+    case("sink_masked", ["sink", "mask"], origin_sink=True, mask=_some_rows_masked),
+    case(
+        "everything",
+        ["array_gamma", "mask", "segments", "lengths", "alibi", "sink"],
+        T=40,
+        S=52,
+        N=4,
+        per_head=True,
+        is_causal=True,
+        local_window_size=(20, 0),
+        origin_sink=True,
+        mask=_mask("B", "T", "S"),
+        alibi_slopes=lambda B, N, *_: 0.1 * np.arange(N),
+        query_seq_lengths=lambda *_: np.array([40, 31], np.int32),
+        key_value_seq_lengths=lambda *_: np.array([29, 52], np.int32),
+        **SEGMENTS,
+    ),
+    # Every weight exp(−γ‖q−k‖²) underflows float32 unless the row is measured from its maximum.
+    case("far_keys", offset=60.0),
+    case("far_keys_causal", offset=60.0, is_causal=True, T=300, S=300),
+    case("huge_norms", ["huge_norms"], norm=1e4 / 4),  # ‖k‖ ≈ 1e4 at H = 16
+    case("small_norms", norm=1e-4),
+    case("equal_keys", norm=0.0, offset=1.0),
+]
+BY_NAME = {c.name: c for c in CASES}
+
+# The cases run in bfloat16 and float16 beside float32.
+IN_16_BITS = frozenset(
+    {
+        "full",
+        "causal",
+        "several_blocks",
+        "multi_query",
+        "window_two_sided",
+        "mask_rows",
+        "lengths",
+        "everything",
+        "far_keys",
+        "huge_norms",
+    }
+)

@@ -1,0 +1,157 @@
+"""The bound that every implementation must keep, and what each refuses."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rbf_jax import rbf_attention
+from rbf_jax.ops import cudnn
+from rbf_jax.ops.types import Inputs, Options
+from tests.ops import oracle as oracle_lib
+from tests.ops.cases import Case
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """An implementation under test.
+
+    Attributes:
+      name: as the tables call it.
+      attend: called like `rbf_attention`, without `implementation`.
+      refuses: features (see `Case`) that must raise NotImplementedError.
+      dtypes: the names of the dtypes it takes.
+      logsumexp: whether it returns one.
+      gamma_gradient: whether γ is differentiable.
+    """
+
+    name: str
+    attend: Callable
+    refuses: frozenset[str] = frozenset()
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
+    logsumexp: bool = True
+    gamma_gradient: bool = True
+
+
+CUDNN_REFUSES = frozenset(
+    {"array_gamma", "mask", "lengths", "segments", "alibi", "sink", "two_sided_window"}
+)
+
+
+def _cudnn_arithmetic(query, key, value, *, gamma, key_norm_weight, **options):
+    """cuDNN's augmented heads through jax.nn's "xla": the same sums without an NVIDIA GPU.
+
+    The 16-bit heads are multiplied as float32, exactly, as a GPU does with float32 accumulators.
+    """
+    per_head = [jnp.broadcast_to(jnp.float32(x), query.shape[2]) for x in (gamma, key_norm_weight)]
+    inputs = Inputs(query, key, value, *per_head)
+    shared = Options(shared_key_norm_weight=np.ndim(key_norm_weight) == 0)
+    heads = (x.astype(jnp.float32) for x in cudnn.augment(inputs, shared))
+    out = jax.nn.dot_product_attention(
+        *heads, scale=2 * float(gamma), implementation="xla", **options
+    )
+    return out[..., : query.shape[-1]].astype(query.dtype)
+
+
+SUBJECTS = {
+    subject.name: subject
+    for subject in (
+        Subject("reference", functools.partial(rbf_attention, implementation="reference")),
+        Subject("xla", functools.partial(rbf_attention, implementation="xla")),
+        Subject(
+            "cudnn arithmetic",
+            _cudnn_arithmetic,
+            refuses=CUDNN_REFUSES,
+            dtypes=("bfloat16", "float16"),
+            logsumexp=False,
+            gamma_gradient=False,
+        ),
+    )
+}
+
+
+def run(subject: Subject, case: Case, dtype, seed=0) -> oracle_lib.Results:
+    """The output, the logsumexp and all gradients; NaN where the subject has none."""
+    q, k, v, gamma, key_norm_weight, dout, dlogsumexp = case.arrays(dtype, seed)
+    options = case.resolved_options()
+
+    @jax.jit
+    def everything(q, k, v, gamma, key_norm_weight, dout, dlogsumexp):
+        def attend(q, k, v, gamma, key_norm_weight):
+            extra = {"return_residual": True} if subject.logsumexp else {}
+            return subject.attend(
+                q, k, v, gamma=gamma, key_norm_weight=key_norm_weight, **extra, **options
+            )
+
+        if not subject.gamma_gradient:
+            fixed = case.arrays(dtype, seed)[3]
+            out, vjp = jax.vjp(lambda *a: attend(*a[:3], fixed, a[3]), q, k, v, key_norm_weight)
+            dq, dk, dv, dweight = vjp(dout)
+            return out, jnp.nan, dq, dk, dv, jnp.nan, dweight
+        (out, logsumexp), vjp = jax.vjp(attend, q, k, v, gamma, key_norm_weight)
+        dlogsumexp = dlogsumexp.astype(logsumexp.dtype)
+        return out, logsumexp, *vjp((dout, dlogsumexp))
+
+    if not subject.logsumexp:
+        dlogsumexp = jnp.zeros_like(dlogsumexp)
+    results = everything(q, k, v, gamma, key_norm_weight, dout, dlogsumexp)
+    return oracle_lib.Results(*(np.asarray(x, np.float64) for x in results))
+
+
+@functools.lru_cache(maxsize=512)
+def expected(case: Case, dtype_name: str, with_logsumexp: bool, seed: int):
+    """The oracle's results and scales, and the plain formula's, for a case."""
+    arrays = list(case.arrays(jnp.dtype(dtype_name), seed))
+    if not with_logsumexp:
+        arrays[-1] = jnp.zeros_like(arrays[-1])
+    options = case.resolved_options()
+    return (*oracle_lib.oracle(*arrays, **options), oracle_lib.plain(*arrays, **options))
+
+
+def violations(subject: Subject, case: Case, dtype_name: str, seed=0) -> list[str]:
+    """Says where the subject errs more than twice as much as the plain formula in its dtype.
+
+    Errors are measured by the Euclidean norm and by the largest element. To twice the plain
+    formula's error comes what reordering sums may cost in the accumulation dtype.
+    """
+    got = run(subject, case, jnp.dtype(dtype_name), seed)
+    want, _, _ = expected(case, dtype_name, subject.logsumexp, seed)
+    found = []
+    for name in want._fields:
+        if name == "logsumexp" and not subject.logsumexp:
+            continue
+        if name == "gamma" and not subject.gamma_gradient:
+            continue
+        a, b = getattr(got, name), getattr(want, name)
+        if a.shape != b.shape:
+            found.append(f"{name}: shape {a.shape} instead of {b.shape}")
+            continue
+        nothing = np.isneginf(b)
+        if not (np.array_equal(np.isneginf(a), nothing) and np.isfinite(a[~nothing]).all()):
+            found.append(f"{name}: not finite where it should be, or the reverse")
+            continue
+        # One number's error may be small by luck: for γ and λ the worst of several draws counts.
+        draws = range(seed, seed + (8 if name in ("gamma", "key_norm_weight") else 1))
+        for measure in (np.linalg.norm, np.max):
+            error = measure(np.abs(np.where(nothing, 0, a - np.where(nothing, 0, b))))
+            bound = max(_bound(subject, case, dtype_name, draw, name, measure) for draw in draws)
+            if not error <= bound:
+                found.append(
+                    f"{name}: {measure.__name__} of the error {error:.3g} exceeds {bound:.3g} "
+                    f"(result {measure(np.abs(np.where(nothing, 0, b))):.3g})"
+                )
+    return found
+
+
+def _bound(subject, case, dtype_name, seed, name, measure) -> float:
+    results = expected(case, dtype_name, subject.logsumexp, seed)
+    want, scale, plain = (getattr(x, name) for x in results)
+    accumulation = np.float64 if dtype_name == "float64" else np.float32
+    nothing = np.isneginf(want)
+    error = measure(np.abs(np.where(nothing, 0, plain - np.where(nothing, 0, want))))
+    if not np.isfinite(error):  # the plain formula overflows: what its dtype's rounding would cost
+        error = float(jnp.finfo(dtype_name).eps) * measure(np.where(nothing, 0, np.abs(want)))
+    return 2 * error + 2 * float(np.finfo(accumulation).eps) * measure(scale)

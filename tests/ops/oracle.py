@@ -1,0 +1,150 @@
+"""What the operation must compute, in NumPy: the truth in float64, and a measure of what is good.
+
+`oracle` is the truth. `plain` is the quadratic formula as one would write it, every step rounded
+to the input's own dtype: an implementation may err at most twice as much as it.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+
+class Results(NamedTuple):
+    """Output, logsumexp and the gradients for given cotangents of both."""
+
+    out: np.ndarray
+    logsumexp: np.ndarray
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    gamma: np.ndarray
+    key_norm_weight: np.ndarray
+
+
+def allowed(shape, options):
+    """Who may attend to whom, (B, N, T, S)."""
+    _, _, T, S = shape
+    i, j = np.arange(T)[:, None], np.arange(S)[None, :]
+    result = np.ones(shape, bool)
+    if options.get("mask") is not None:
+        result &= np.asarray(options["mask"])
+    if options.get("is_causal"):
+        result &= j <= i
+    if options.get("local_window_size") is not None:
+        window = options["local_window_size"]
+        left, right = (window, window) if isinstance(window, int) else window
+        result &= (i - left <= j) & (j <= i + right)
+    if options.get("query_seq_lengths") is not None:
+        result &= i < np.asarray(options["query_seq_lengths"])[:, None, None, None]
+    if options.get("key_value_seq_lengths") is not None:
+        result &= j < np.asarray(options["key_value_seq_lengths"])[:, None, None, None]
+    if options.get("query_segment_ids") is not None:
+        rows = np.asarray(options["query_segment_ids"])[:, None, :, None]
+        result &= rows == np.asarray(options["key_value_segment_ids"])[:, None, None, :]
+    return result
+
+
+def oracle(*arrays, **options) -> tuple[Results, Results]:
+    """Everything in float64.
+
+    Args:
+      *arrays: query, key, value, γ, λ and the cotangents of output and logsumexp.
+      **options: of the call.
+
+    Returns:
+      The results, and for each of them the sum of the absolute values of the terms it is made of:
+      times the machine epsilon, that is what any order of summation may lose.
+    """
+    return _formula(np.float64, lambda x: x, *arrays, **options)
+
+
+def plain(*arrays, **options) -> Results:
+    """The same formula with every step rounded to the query's dtype; products of matrices once."""
+    dtype = jnp.dtype(arrays[0].dtype)
+    hold = np.float64 if dtype == np.float64 else np.float32
+    with np.errstate(over="ignore", invalid="ignore"):
+        results, _ = _formula(hold, lambda x: x.astype(dtype).astype(hold), *arrays, **options)
+    return Results(*(np.asarray(x, np.float64) for x in results))
+
+
+def _formula(dtype, rounded, query, key, value, gamma, key_norm_weight, dout, dlse, **options):
+    r = rounded
+    q, k, v, do, dl = (np.asarray(x, dtype) for x in (query, key, value, dout, dlse))
+    N, K = q.shape[2], k.shape[2]
+    g = r(np.zeros((N, 1, 1), dtype) + np.asarray(gamma, dtype).reshape(-1, 1, 1))
+    lam = r(np.zeros((N, 1, 1), dtype) + np.asarray(key_norm_weight, dtype).reshape(-1, 1, 1))
+    q, do = q.transpose(0, 2, 1, 3), do.transpose(0, 2, 1, 3)  # B N T H
+    k, v = (np.repeat(x, N // K, axis=2).transpose(0, 2, 1, 3) for x in (k, v))  # B N S H
+    kT, vT = k.swapaxes(-1, -2), v.swapaxes(-1, -2)
+    dl = r(dl.transpose(0, 2, 1)[..., None])
+    T, S = q.shape[2], k.shape[2]
+
+    products = r(q @ kT)
+    norms = r((k * k).sum(-1))[:, :, None, :]
+    slopes = np.asarray(options.get("alibi_slopes", np.zeros(N)), dtype)[:, None, None]
+    bias = -r(slopes) * np.abs(np.arange(T)[:, None] - np.arange(S)[None, :]).astype(dtype)
+    logits = r(r(r(2 * g * products) - r(lam * g * norms)) + r(bias))
+    logits = np.where(allowed((*q.shape[:2], T, S), options), logits, -np.inf)
+    sink = 0.0 if options.get("origin_sink") else -np.inf
+    maximum = np.maximum(logits.max(-1, keepdims=True), sink)
+    maximum = np.where(np.isneginf(maximum), 0, maximum).astype(dtype)
+    weights = r(np.exp(r(logits - maximum)))
+    total = r(weights.sum(-1, keepdims=True) + np.exp(sink - maximum).astype(dtype))
+    with np.errstate(divide="ignore"):
+        lse = r(maximum + r(np.log(total)))
+    p = r(weights / np.where(total == 0, 1, total))
+    pT = p.swapaxes(-1, -2)
+    out = r(p @ v)
+
+    dp = r(do @ vT)
+    ds = r(p * r(r(dp - r((p * dp).sum(-1, keepdims=True))) + dl))
+    dsT, columns = ds.swapaxes(-1, -2), r(ds.sum(-2))[..., None]
+    results = (
+        out,
+        lse,
+        r(2 * g * r(ds @ k)),
+        r(r(2 * g * r(dsT @ q)) - r(2 * g * lam * r(columns * k))),
+        r(pT @ do),
+        r((ds * r(2 * products - lam * norms)).sum((0, 2, 3))),
+        r(-(ds * r(g * norms)).sum((0, 2, 3))),
+    )
+
+    # The same sums over absolute values. An error of the logits moves the weights, so everything
+    # feels it: hence the factor `sensitivity`.
+    abs_products = np.abs(q) @ np.abs(kT)
+    abs_logits = 2 * g * abs_products + np.abs(lam) * g * norms - bias
+    sensitivity = (p * abs_logits).sum(-1, keepdims=True)
+    abs_dp = np.abs(do) @ np.abs(vT)
+    abs_ds = p * (abs_dp + (p * abs_dp).sum(-1, keepdims=True) + np.abs(dl)) * (1 + sensitivity)
+    abs_p, abs_dsT = p * (1 + sensitivity), abs_ds.swapaxes(-1, -2)
+    scales = (
+        abs_p @ np.abs(v),
+        sensitivity + np.abs(np.where(total == 0, 0, lse)),
+        2 * g * (abs_ds @ np.abs(k)),
+        2 * g * (abs_dsT @ np.abs(q) + np.abs(lam) * abs_ds.sum(-2)[..., None] * np.abs(k)),
+        abs_p.swapaxes(-1, -2) @ np.abs(do),
+        (abs_ds * (2 * abs_products + np.abs(lam) * norms)).sum((0, 2, 3)),
+        (abs_ds * g * norms).sum((0, 2, 3)),
+    )
+    heads = K, np.ndim(gamma), np.ndim(key_norm_weight)
+    return _public(heads, *results), _public(heads, *scales)
+
+
+def _public(heads, out, lse, dq, dk, dv, dgamma, dlambda) -> Results:
+    """Heads after lengths, heads of a group summed, numbers shared by all heads summed."""
+    K, gamma_axes, lambda_axes = heads
+
+    def ungroup(x):  # B N S H to B S K H
+        B, N, S, H = x.shape
+        return x.transpose(0, 2, 1, 3).reshape(B, S, K, N // K, H).sum(3)
+
+    return Results(
+        out.transpose(0, 2, 1, 3),
+        lse[..., 0].transpose(0, 2, 1),
+        dq.transpose(0, 2, 1, 3),
+        ungroup(dk),
+        ungroup(dv),
+        dgamma if gamma_axes else dgamma.sum(),
+        dlambda if lambda_axes else dlambda.sum(),
+    )

@@ -1,0 +1,117 @@
+"""Every implementation on every case: values and all gradients against float64, or a refusal."""
+
+import dataclasses
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from rbf_jax import rbf_attention
+from tests.ops import cases, contract
+from tests.ops.oracle import oracle
+
+
+def _runs():
+    for subject in contract.SUBJECTS.values():
+        for case in cases.CASES:
+            for dtype in subject.dtypes:
+                if case.features & subject.refuses or dtype == "float64":
+                    continue
+                if dtype == "float32" or case.name in cases.IN_16_BITS:
+                    yield pytest.param(
+                        subject, case, dtype, id=f"{subject.name}-{case.name}-{dtype}"
+                    )
+
+
+@pytest.mark.parametrize(("subject", "case", "dtype"), list(_runs()))
+def test_values_and_gradients(subject, case, dtype):
+    assert not contract.violations(subject, case, dtype)
+
+
+@pytest.mark.parametrize("name", ["reference", "xla"])
+@pytest.mark.parametrize("case", ["everything", "several_blocks"])
+def test_float64(name, case):
+    with jax.enable_x64(True):
+        assert not contract.violations(contract.SUBJECTS[name], cases.BY_NAME[case], "float64")
+
+
+def test_identity_with_distances():
+    """The oracle's reformulated logits are −γ‖q−k‖² up to what softmax ignores."""
+    case = cases.BY_NAME["full"]
+    q, k, v, gamma, weight, dout, dlogsumexp = case.arrays(np.float32)
+    results, _ = oracle(q, k, v, gamma, weight, dout, dlogsumexp)
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    distances = ((q[:, :, None] - k[:, None]) ** 2).sum(-1)  # B T S N
+    weights = np.exp(-gamma * distances)
+    weights /= weights.sum(2, keepdims=True)
+    np.testing.assert_allclose(results.out, np.einsum("btsn,bsnh->btnh", weights, v), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["reference", "xla"])
+def test_without_key_norms_it_is_dot_product_attention(name):
+    q, k, v, *_ = cases.BY_NAME["grouped"].arrays(np.float32)
+    got = rbf_attention(
+        q, k, v, gamma=0.2, key_norm_weight=0.0, is_causal=True, implementation=name
+    )
+    want = jax.nn.dot_product_attention(q, k, v, scale=0.4, is_causal=True)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+
+
+@st.composite
+def _drawn_case(draw):
+    """Any shapes and options together; T and S up to several small blocks."""
+    B, K, H = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 8]))
+    N = K * draw(st.sampled_from([1, 3]))
+    T, S = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    options: dict = {"is_causal": draw(st.booleans()), "origin_sink": draw(st.booleans())}
+    if draw(st.booleans()):
+        options["local_window_size"] = (draw(st.integers(0, 40)), draw(st.integers(0, 40)))
+    if draw(st.booleans()):
+        axes = [n if draw(st.booleans()) else 1 for n in (B, N, T, S)]
+        options["mask"] = random.random(axes) < 0.6
+    if draw(st.booleans()):
+        options["query_seq_lengths"] = random.integers(0, T + 1, B)
+        options["key_value_seq_lengths"] = random.integers(0, S + 1, B)
+    if draw(st.booleans()):
+        options["query_segment_ids"] = random.integers(0, 3, (B, T))
+        options["key_value_segment_ids"] = random.integers(0, 3, (B, S))
+    if draw(st.booleans()):
+        options["alibi_slopes"] = random.random(N).astype(np.float32)
+    case = cases.case(
+        "drawn", T=T, S=S, B=B, N=N, K=K, H=H, per_head=draw(st.booleans()), norm=draw(NORMS)
+    )
+    return dataclasses.replace(case, options=tuple((k, _Constant(v)) for k, v in options.items()))
+
+
+NORMS = st.sampled_from([1e-2, 1.0, 30.0])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Constant:
+    """An option's value, hashable by identity, as `Case` wants it."""
+
+    value: object
+
+    def __call__(self, *_):
+        return self.value
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of at most 8 and 16, so that short sequences have several."""
+    monkeypatch.setattr("rbf_jax.ops.xla._MAX_BLOCK_QUERIES", 8)
+    monkeypatch.setattr("rbf_jax.ops.xla._MAX_BLOCK_KEYS", 16)
+
+
+@hypothesis.settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(case=_drawn_case())
+def test_any_shapes_and_options(small_blocks, case):
+    assert not contract.violations(contract.SUBJECTS["xla"], case, "float32")
