@@ -76,8 +76,8 @@ def augment(inputs: Inputs, options: Options) -> tuple[jax.Array, jax.Array, jax
     else:
         key_norm_weight = inputs.key_norm_weight
         key, value = jnp.repeat(key, N // K, axis=2), jnp.repeat(value, N // K, axis=2)
-    # float16 ends at 65,504: weighted by 2¹⁰ the parts hold key norms ‖k‖ up to 11,580.
-    weight = 1024.0 if query.dtype == jnp.float16 else 1.0
+    # float16 ends at 65,504: weighted by 2¹² the parts hold key norms ‖k‖ up to 23,100.
+    weight = 4096.0 if query.dtype == jnp.float16 else 1.0
     norms = jnp.sum(jnp.square(key.astype(jnp.float32)), axis=-1)
     parts = _split(-0.5 / weight * key_norm_weight * norms, query.dtype)
     weights = jnp.full((*query.shape[:-1], _PARTS), weight, query.dtype)
