@@ -64,6 +64,8 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     """
     if len(paths) < 2:
         raise ValueError(f"runs={','.join(map(str, paths))!r} must name two or more run folders")
+    if not all(map(str, paths)):
+        raise ValueError(f"runs={','.join(map(str, paths))!r} must be paths of run folders")
     resolved = [Path(path).resolve() for path in paths]
     for path in resolved:
         if resolved.count(path) > 1:
