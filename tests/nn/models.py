@@ -1,6 +1,7 @@
 """Small models with random parameters, registers too: at their zeros much would go unseen."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ import numpy as np
 from rbf_jax.nn import AttentionConfig, CausalLM, TransformerConfig
 
 VOCAB, LENGTH = 17, 12
+
+# Compiling is most of what these tests take, and this makes it a third shorter.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def small_config(attention=None, **changes) -> TransformerConfig:
