@@ -1,0 +1,125 @@
+"""What the public function refuses, in which words, and what it chooses."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rbf_jax import rbf_attention
+from rbf_jax.ops import api
+
+Q = jnp.ones((2, 6, 4, 8))
+K = jnp.ones((2, 5, 2, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": Q[0, 0]}, r"query has shape \(4, 8\).* 4-D"),
+        ({"key": K[0]}, r"key has shape \(5, 2, 8\).* 4-D"),
+        ({"key": K.astype(jnp.bfloat16)}, r"key has dtype bfloat16.*query's dtype float32"),
+        ({"query": jnp.ones((2, 6, 4, 8), int)}, r"query has dtype int.*must be one of"),
+        ({"key": jnp.ones((3, 5, 2, 8))}, r"key has shape \(3, 5, 2, 8\).*B = 2 and H = 8"),
+        ({"value": K[:, :4]}, r"value has shape \(2, 4, 2, 8\).*key's shape"),
+        ({"query": Q[:, :, :3]}, r"query has 3 heads and key 2"),
+        ({"query": Q[:, :0]}, r"query has shape \(2, 0, 4, 8\).*no axis may be empty"),
+        ({"mask": jnp.ones((2, 4, 6, 5))}, r"mask has dtype float32.*bool"),
+        ({"mask": jnp.ones((2, 2, 6, 5), bool)}, r"mask has shape .*broadcastable.*\(2, 4, 6, 5\)"),
+        ({"mask": jnp.ones((1, 2, 4, 6, 5), bool)}, r"mask has shape \(1, 2, 4, 6, 5\)"),
+        ({"gamma": 0.0}, r"gamma=0.0 must be finite and greater than 0"),
+        ({"gamma": float("nan")}, r"gamma=nan must be finite"),
+        ({"gamma": np.ones(3)}, r"gamma has shape \(3,\).*\(N,\) = \(4,\)"),
+        ({"gamma": "large"}, r"gamma='large' must be numeric"),
+        ({"key_norm_weight": float("inf")}, r"key_norm_weight=inf must be finite"),
+        ({"key_norm_weight": jnp.ones(2)}, r"key_norm_weight has shape \(2,\)"),
+        ({"is_causal": "yes"}, r"is_causal='yes' must be a Python bool"),
+        ({"origin_sink": 1}, r"origin_sink=1 must be a Python bool"),
+        ({"return_residual": None}, r"return_residual=None must be a Python bool"),
+        ({"local_window_size": -1}, r"local_window_size=-1 must be"),
+        ({"local_window_size": (1, 2, 3)}, r"local_window_size=\(1, 2, 3\) must be"),
+        ({"local_window_size": 1.5}, r"local_window_size=1.5 must be"),
+        ({"query_seq_lengths": jnp.ones(2)}, r"query_seq_lengths has dtype float32"),
+        ({"key_value_seq_lengths": jnp.ones(3, int)}, r"key_value_seq_lengths has shape \(3,\)"),
+        (
+            {"query_segment_ids": jnp.ones((2, 6), int)},
+            r"query_segment_ids is given without key_value_segment_ids",
+        ),
+        (
+            {
+                "query_segment_ids": jnp.ones((2, 6), int),
+                "key_value_segment_ids": jnp.ones((2, 6), int),
+            },
+            r"key_value_segment_ids has shape \(2, 6\), but must have shape \(2, 5\)",
+        ),
+        ({"alibi_slopes": np.ones(3)}, r"alibi_slopes has shape \(3,\).*\(4,\)"),
+        ({"alibi_slopes": -np.ones(4)}, r"alibi_slopes=.*not negative"),
+        ({"implementation": "fast"}, r"implementation='fast' must be None or one of"),
+    ],
+)
+def test_wrong_input(change, message):
+    arguments = {"query": Q, "key": K, "value": K, **change}
+    with pytest.raises(ValueError, match=message):
+        rbf_attention(**arguments)
+
+
+def test_cudnn_by_name_never_falls_back():
+    with pytest.raises(
+        NotImplementedError, match=r"needs an NVIDIA GPU.*'xla' and 'reference' can"
+    ):
+        rbf_attention(Q, K, K, implementation="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "supports bfloat16 and float16, not float32"),
+        ({"dtype": jnp.bfloat16, "gamma": jnp.ones(4)}, "needs gamma as one number"),
+        ({"dtype": jnp.bfloat16, "mask": jnp.ones((6, 5), bool)}, "does not support mask"),
+        ({"dtype": jnp.bfloat16, "origin_sink": True}, "does not support origin_sink"),
+        ({"dtype": jnp.bfloat16, "return_residual": True}, "float32 logsumexp"),
+        ({"dtype": jnp.bfloat16, "local_window_size": 3}, "together with is_causal"),
+        ({"dtype": jnp.bfloat16, "H": 128}, "head dimensions up to 120"),
+    ],
+)
+def test_what_cudnn_refuses_on_a_gpu(monkeypatch, change, message):
+    """Each refusal names the reason and who can; the GPU is pretended, nothing is launched."""
+    monkeypatch.setattr("rbf_jax.ops.cudnn._has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr("rbf_jax.ops.cudnn._compute_capability", lambda: (8, 0))
+    change = dict(change)
+    dtype, H = change.pop("dtype", jnp.float32), change.pop("H", 8)
+    q, k = jnp.ones((2, 6, 4, H), dtype), jnp.ones((2, 5, 2, H), dtype)
+    with pytest.raises(NotImplementedError, match=message + ".*'xla' and 'reference' can do"):
+        rbf_attention(q, k, k, implementation="cudnn", **change)
+
+
+def test_default_follows_the_platform_that_compiles(monkeypatch):
+    """With a GPU the default holds cuDNN's call for CUDA, and still runs when placed on a CPU."""
+    monkeypatch.setattr("rbf_jax.ops.cudnn._has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr("rbf_jax.ops.cudnn._compute_capability", lambda: (9, 0))
+    monkeypatch.setitem(
+        api._BACKENDS,
+        "cudnn",
+        api._BACKENDS["cudnn"]._replace(attend=lambda i, m, o: (i.query, None)),
+    )
+    monkeypatch.setattr("rbf_jax.ops.cudnn.attend", lambda i, m, o: (i.query, None))
+    q, k = Q.astype(jnp.bfloat16), K.astype(jnp.bfloat16)
+    f = jax.jit(lambda q, k: rbf_attention(q, k, k))
+    np.testing.assert_array_equal(f(q, k), jnp.ones_like(q))  # equal values: their mean is 1
+
+
+def test_choice_is_logged_once(caplog):
+    api._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, logger="rbf_jax"):
+        rbf_attention(Q, K, K)
+        rbf_attention(Q, K, K)
+    assert [record.getMessage() for record in caplog.records] == [
+        "rbf_attention: implementation=None takes 'xla' on this machine."
+    ]
+
+
+def test_shapes_without_computing():
+    out, logsumexp = jax.eval_shape(lambda q, k: rbf_attention(q, k, k, return_residual=True), Q, K)
+    assert (out.shape, out.dtype) == (Q.shape, Q.dtype)
+    assert (logsumexp.shape, logsumexp.dtype) == (Q.shape[:3], jnp.float32)
