@@ -1,0 +1,202 @@
+"""Time and memory of attention, forward and forward + backward, beside jax.nn's dot product.
+
+    python -m experiments.bench_attention [--lengths=512,1024,…] [--out=FILE.json]
+
+All implementations run in one process, interleaved round by round on the same inputs, so that a
+machine that slows down slows all of them. A time is the median over the rounds, memory what the
+compiled program says it needs for temporaries. Where a program needs more than --memory_limit, its
+memory is printed and it is not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from rbf_jax import environment, rbf_attention
+
+BASELINE = "dot, jax.nn xla"
+PASSES = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One cell: milliseconds (None: not run) and bytes of temporaries."""
+
+    implementation: str
+    length: int
+    direction: str
+    milliseconds: float | None
+    temporary_bytes: int
+
+
+def implementations(is_causal: bool) -> dict[str, Callable]:
+    """What is measured; the baseline first."""
+    return {
+        BASELINE: functools.partial(
+            jax.nn.dot_product_attention, is_causal=is_causal, implementation="xla"
+        ),
+        "rbf xla": functools.partial(rbf_attention, is_causal=is_causal, implementation="xla"),
+        "rbf reference": functools.partial(
+            rbf_attention, is_causal=is_causal, implementation="reference"
+        ),
+    }
+
+
+def forward_and_backward(attend: Callable) -> Callable:
+    """Output and the gradients of q, k, v for a given cotangent."""
+
+    def both(q, k, v, dout):
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, vjp(dout)
+
+    return both
+
+
+def measure(length: int, options: argparse.Namespace) -> list[Result]:
+    """Compiles and times every implementation at one length, T = S."""
+    shape = options.batch, length, options.heads, options.head_dim
+    keys = jax.random.split(jax.random.key(0), 4)
+    arrays = [jax.random.normal(key, shape, options.dtype) for key in keys]
+    programs = {}
+    for name, attend in implementations(options.causal).items():
+        for direction in PASSES:
+            backward = direction == "forward+backward"
+            function = forward_and_backward(attend) if backward else attend
+            arguments = arrays if backward else arrays[:3]
+            programs[name, direction] = jax.jit(function).lower(*arguments).compile(), arguments
+
+    memory = {key: _temporary_bytes(program) for key, (program, _) in programs.items()}
+    runnable = {
+        key: program
+        for key, program in programs.items()
+        if memory[key] <= options.memory_limit * 2**30
+    }
+    times: dict[Any, list[float]] = {key: [] for key in programs}
+    for program, arguments in runnable.values():
+        jax.block_until_ready(program(*arguments))  # warm-up
+    for _ in range(options.rounds):
+        for key, (program, arguments) in runnable.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*arguments))
+            times[key].append(1e3 * (time.perf_counter() - start))
+    return [
+        Result(
+            name, length, direction, statistics.median(t) if t else None, memory[name, direction]
+        )
+        for (name, direction), t in times.items()
+    ]
+
+
+def _temporary_bytes(program: jax.stages.Compiled) -> int:
+    analysis = program.memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"{jax.default_backend()} does not tell what memory a program needs.")
+    return analysis.temp_size_in_bytes
+
+
+def table(results: Sequence[Result], title: str) -> Table:
+    """A row per length and implementation, with ratios to the baseline of the same length."""
+    by_cell = {(r.implementation, r.length, r.direction): r for r in results}
+    grid = Table(title=title)
+    grid.add_column("T", justify="right")
+    grid.add_column("implementation", no_wrap=True)
+    for short in PASSES.values():
+        for column in (f"{short}\nms", "of\ndot", f"{short}\nMiB"):
+            grid.add_column(column, justify="right", no_wrap=True)
+    previous = None
+    for length, name in dict.fromkeys((r.length, r.implementation) for r in results):
+        if previous not in (None, length):
+            grid.add_section()
+        previous = length
+        cells = []
+        for direction in PASSES:
+            result = by_cell[name, length, direction]
+            baseline = by_cell[BASELINE, length, direction].milliseconds
+            ours = result.milliseconds
+            cells.append("-" if ours is None else f"{ours:.1f}")
+            cells.append("" if ours is None or baseline is None else f"{ours / baseline:.2f}")
+            cells.append(f"{result.temporary_bytes / 2**20:.0f}")
+        grid.add_row(f"{length}", name, *cells)
+    return grid
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the program; returns its exit status."""
+    options = _parse(argv)
+    results: list[Result] = []
+    console = Console()
+    for length in track(options.lengths, description="lengths", console=console):
+        results += measure(length, options)
+    about = environment.describe()
+    settings = {
+        "batch": options.batch,
+        "heads": options.heads,
+        "head_dim": options.head_dim,
+        "dtype": options.dtype.name,
+        "causal": options.causal,
+        "rounds": options.rounds,
+    }
+    described = ", ".join(f"{name} {value}" for name, value in settings.items())
+    console.print(table(results, f"{described}\n{about['device']}, {about['date']}"))
+    if options.out:
+        content = {
+            "command": "python -m experiments.bench_attention " + " ".join(argv[1:]),
+            **about,
+            **settings,
+            "results": [dataclasses.asdict(result) for result in results],
+        }
+        _write(Path(options.out), content)
+        console.print(f"written to {options.out}")
+    return 0
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.replace(path)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
+        return int(text)
+
+    def lengths(text: str) -> list[int]:
+        return [positive(part) for part in text.split(",")]
+
+    parser = argparse.ArgumentParser(prog="bench_attention", description=__doc__.partition("\n")[0])
+    parser.add_argument("--lengths", type=lengths, default=lengths("512,1024,2048,4096,8192,32768"))
+    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument("--heads", type=positive, default=8)
+    parser.add_argument("--head_dim", type=positive, default=64)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument(
+        "--memory_limit", type=float, default=6.0, help="GiB of temporaries (default: %(default)s)"
+    )
+    parser.add_argument("--out", default="", help="JSON file to write")
+    options = parser.parse_args(argv[1:])
+    options.dtype = jnp.dtype(options.dtype)
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
