@@ -139,6 +139,8 @@ def result_rows(runs: Sequence[Run], comparison: Comparison) -> list[list[str]]:
     rows.append(["step", *(_progress(run) for run in runs)])
     for key, label, write in _QUANTITIES:
         rows.append([label, *(write(result[key]) for result in results)])
+        if key == "valid_loss" and comparison.metric == "loss":
+            rows.append(_minus_row(runs, results))
         if key == "valid_perplexity":
             rows += _reach_rows(runs, comparison)
     return rows
@@ -168,6 +170,14 @@ def numbers(runs: Sequence[Run], comparison: Comparison) -> dict[str, Any]:
         "warnings": list(comparison.warnings),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _minus_row(runs: Sequence[Run], results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Final validation losses minus that of the first run."""
+    first, *others = [result["valid_loss"] for result in results]
+    known = [first is not None and loss is not None for loss in others]
+    minus = [f"{loss - first:+.4f}" if k else MISSING for loss, k in zip(others, known)]
+    return [f"minus that of {runs[0].name}", "", *minus]
 
 
 def _reach_rows(runs: Sequence[Run], comparison: Comparison) -> list[list[str]]:
@@ -227,7 +237,7 @@ def _duration(seconds: float | None) -> str:
 _QUANTITIES = (
     ("valid_loss", "validation loss (nats per token)", _decimals(4)),
     ("best_valid_loss", "best validation loss (nats per token)", _decimals(4)),
-    ("best_step", "at step", _decimals(0)),
+    ("best_step", "best at step", _decimals(0)),
     ("valid_bits_per_byte", "bits per byte", _decimals(4)),
     ("valid_perplexity", "perplexity per token", _decimals(2)),
     ("tokens_per_second", "tokens per second", _decimals(0)),

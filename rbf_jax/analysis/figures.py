@@ -88,7 +88,8 @@ def stability_figure(runs: Sequence[Run]) -> Figure | None:
                 _line(axes, run.train["step"], run.train[key], style, thin=True)
                 _line(axes, run.train["step"], smooth(run.train[key]), style)
         axes.set(title=title, xlabel="step", ylabel=label, xlim=(0, None))
-        if scale == "log":
+        low, high = axes.dataLim.intervaly
+        if scale == "log" and high > 10 * low > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")

@@ -43,7 +43,8 @@ def test_result_rows(runs, comparison):
     assert table["attention"] == ["RBF", "dot product"]
     assert table["step"] == ["200", "200"]
     assert table["validation loss (nats per token)"] == ["1.0996", "1.2707"]
-    assert table["at step"] == ["200", "200"]
+    assert table["minus that of rbf"] == ["", "+0.1711"]
+    assert table["best at step"] == ["200", "200"]
     assert table["bits per byte"] == ["1.5864", "1.8332"]
     assert table["step that reaches rbf's final validation loss"] == ["200", "not reached"]
     assert table["step that reaches dot's final validation loss"] == ["134", "200"]
@@ -63,6 +64,7 @@ def test_what_a_young_run_does_not_know_yet_is_left_open(tmp_path):
     table = as_dict(comparison_report.result_rows(young, compare(young)))
     assert table["step"] == ["200", "5 of 200, not ended", "100"]
     assert table["validation loss (nats per token)"] == ["3.0000", "—", "1.5000"]
+    assert table["minus that of a"] == ["", "—", "-1.5000"]
     assert table["parameters"][1] == table["date"][1] == table["versions"][1] == "—"
     # Run a was below its last loss from the start; run b has nothing to reach.
     assert table["step that reaches a's final validation loss"] == ["≤ 100", "—", "≤ 100"]
