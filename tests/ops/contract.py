@@ -50,27 +50,30 @@ def _cudnn_arithmetic(query, key, value, *, gamma, key_norm_weight, **options):
     inputs = Inputs(query, key, value, *per_head)
     shared = Options(shared_key_norm_weight=np.ndim(key_norm_weight) == 0)
     heads = (x.astype(jnp.float32) for x in cudnn.augment(inputs, shared))
-    out = jax.nn.dot_product_attention(
-        *heads, scale=2 * float(gamma), implementation="xla", **options
-    )
+    with jax.default_matmul_precision("highest"):
+        out = jax.nn.dot_product_attention(
+            *heads, scale=2 * float(gamma), implementation="xla", **options
+        )
     return out[..., : query.shape[-1]].astype(query.dtype)
 
 
-SUBJECTS = {
-    subject.name: subject
-    for subject in (
-        Subject("reference", functools.partial(rbf_attention, implementation="reference")),
-        Subject("xla", functools.partial(rbf_attention, implementation="xla")),
-        Subject(
-            "cudnn arithmetic",
-            _cudnn_arithmetic,
-            refuses=CUDNN_REFUSES,
-            dtypes=("bfloat16", "float16"),
-            logsumexp=False,
-            gamma_gradient=False,
-        ),
-    )
+_CUDNN = {
+    "refuses": CUDNN_REFUSES,
+    "dtypes": ("bfloat16", "float16"),
+    "logsumexp": False,
+    "gamma_gradient": False,
 }
+
+
+def _subjects():
+    yield Subject("reference", functools.partial(rbf_attention, implementation="reference"))
+    yield Subject("xla", functools.partial(rbf_attention, implementation="xla"))
+    yield Subject("cudnn arithmetic", _cudnn_arithmetic, **_CUDNN)
+    if jax.default_backend() == "gpu":
+        yield Subject("cudnn", functools.partial(rbf_attention, implementation="cudnn"), **_CUDNN)
+
+
+SUBJECTS = {subject.name: subject for subject in _subjects()}
 
 
 def run(subject: Subject, case: Case, dtype, seed=0) -> oracle_lib.Results:

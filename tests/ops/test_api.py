@@ -64,7 +64,8 @@ def test_wrong_input(change, message):
         rbf_attention(**arguments)
 
 
-def test_cudnn_by_name_never_falls_back():
+def test_cudnn_by_name_never_falls_back(monkeypatch):
+    monkeypatch.setattr("rbf_jax.ops.cudnn._has_nvidia_gpu", lambda: False)
     with pytest.raises(
         NotImplementedError, match=r"needs an NVIDIA GPU.*'xla' and 'reference' can"
     ):
