@@ -134,7 +134,7 @@ def test_traces_for_cuda_without_a_gpu(arrays):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return Mesh(np.array(jax.devices("cpu")[:2]), ("devices",))  # of which conftest.py makes two
+    return Mesh(np.array(jax.devices("cpu")[:2]), ("devices",))  # conftest makes two
 
 
 @pytest.mark.parametrize("spec", [P("devices"), P(None, None, "devices")], ids=["batch", "heads"])
@@ -150,7 +150,7 @@ def test_sharded_inputs(arrays, mesh, spec):
     sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (q, k, v, dout)]
     assert_close(jax.jit(f)(*sharded), want)
     mapped = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    assert_close(jax.jit(mapped)(q, k, v, dout), want)
+    assert_close(jax.jit(mapped)(*sharded), want)
 
 
 def test_memory_is_linear_in_length():
