@@ -66,7 +66,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, Path]:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         rest = values(argv)[1:]
     except (flags.Error, TypeError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(_message(error)) from error
     if rest:
         raise ValueError(f"argument {rest[0]!r} is not understood: give --name=value.")
     return checked(config, "on the command line"), Path(values.run)
@@ -98,8 +98,7 @@ def read_config(spec: str) -> ConfigDict:
         # ConfigDict's own errors and those of a variant that does not exist.
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = f"{path}, line {lines[-1]}" if lines else path
-        message = " ".join(str(error.args[0] if error.args else error).split())
-        raise ValueError(f"{where}: {message}") from error
+        raise ValueError(f"{where}: {_message(error)}") from error
     return checked(config, f"in {path}")
 
 
@@ -138,6 +137,13 @@ def checked(config: Mapping[str, Any], where: str) -> ConfigDict:
         except TypeError as error:
             raise ValueError(_type_message(key, value, kind, where)) from error
     return result.lock()
+
+
+def _message(error: Any) -> str:
+    """Returns an error's message in one line; ConfigDict wraps its KeyErrors in AttributeErrors."""
+    while isinstance(error, Exception) and error.args:
+        error = error.args[0]
+    return " ".join(str(error).split())
 
 
 def _type_message(key: str, value: Any, kind: type, where: str) -> str:

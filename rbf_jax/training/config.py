@@ -102,7 +102,7 @@ def model_config(config: ConfigDict, vocab_size: int) -> TransformerConfig:
 
 
 def to_json(config: ConfigDict) -> str:
-    """Returns the configuration as JSON, keys in the order of configs/base.py."""
+    """Returns the configuration as JSON."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
@@ -127,11 +127,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """
     old_flat, new_flat = dict(_flat(old)), dict(_flat(new))
     keys = [*old_flat, *(key for key in new_flat if key not in old_flat)]
-    absent = "absent"
+
+    def shown(flat: Mapping[str, Any], key: str) -> str:
+        return repr(flat[key]) if key in flat else "absent"
+
+    pairs = {key: (shown(old_flat, key), shown(new_flat, key)) for key in keys}
     return [
-        f"{key}: {old_flat.get(key, absent)!r} -> {new_flat.get(key, absent)!r}"
-        for key in keys
-        if old_flat.get(key, absent) != new_flat.get(key, absent)
+        f"{key}: {before} -> {after}" for key, (before, after) in pairs.items() if before != after
     ]
 
 

@@ -4,11 +4,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from rbf_jax.training import train
-from rbf_jax.training.sharding import make_mesh
 from tests.training.tiny import tiny_config, write_corpus
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def compile_once(tmp_path_factory):
     """Runs that are stopped and taken up again compile the same functions: from a cache here."""
     settings = {
@@ -26,7 +25,7 @@ def compile_once(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder)
@@ -38,7 +37,7 @@ def config(corpus):
     return tiny_config(corpus)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def finished_run(corpus, tmp_path_factory):
     """The folder of a run that was never stopped. Only to be read."""
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -46,12 +45,7 @@ def finished_run(corpus, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def one_device():
-    return make_mesh(jax.devices()[:1])
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def batch():
     """Two packed rows and two with padding, of a vocabulary of 32; no two rows count alike."""
     rng = np.random.default_rng(1)

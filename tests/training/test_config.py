@@ -1,0 +1,65 @@
+import pytest
+
+from configs import base
+from rbf_jax.training.config import differences, from_json, model_config, to_json, validate
+
+
+@pytest.fixture
+def config():
+    return base.get_config()
+
+
+def test_the_defaults_are_valid(config):
+    validate(config, 2)
+    assert model_config(config, 300).vocab_size == 300
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.steps", -1, "train.steps is -1; it must be at least 1"),
+        ("train.keep_checkpoints", 0, "it must be at least 1"),
+        ("train.eval_batches", -1, "it must be at least 0"),
+        ("train.steps", 100, r"warmup_steps is 100; it must be less than train.steps = 100"),
+        ("optimizer.learning_rate", 0.0, r"learning_rate is 0.0; it must be in \(0, inf\)"),
+        ("optimizer.learning_rate", float("nan"), "learning_rate is nan"),
+        ("optimizer.learning_rate", 1e-6, "at most optimizer.learning_rate = 1e-06"),
+        ("optimizer.b2", 1.0, r"b2 is 1.0; it must be in \[0, 1\)"),
+        ("optimizer.clip_norm", 0.0, "clip_norm is 0.0"),
+        ("optimizer.accumulate_steps", 3, r"multiple of .* devices = 3 × 2"),
+        ("train.batch_size", 33, "batch_size is 33; it must be a multiple"),
+        ("train.eval_every", 150, "must be a multiple of train.checkpoint_every = 100"),
+        ("model.num_heads", 3, "num_heads=3 must divide d_model=256"),
+        ("model.attention.kind", "rbg", "did you mean 'rbf'"),
+        ("model.attention.window", -1, "attention.window=-1"),
+    ],
+)
+def test_wrong_values_are_named(key, value, message, config):
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=message) as error:
+        validate(config, 2)
+    assert "\n" not in str(error.value)
+
+
+def test_no_clipping_is_valid(config):
+    config.optimizer.clip_norm = None
+    validate(config, 2)
+
+
+def test_json(config):
+    config.data.train_files = ("a.txt", "b.txt")
+    config.optimizer.clip_norm = None
+    assert from_json(to_json(config)).to_dict() == config.to_dict()
+    with pytest.raises(ValueError, match="must be a JSON object, not list"):
+        from_json("[]")
+
+
+def test_differences(config):
+    other = base.get_config()
+    other.model.attention.gamma = 0.5
+    other.train.steps = 7
+    assert differences(config.to_dict(), other.to_dict()) == [
+        "model.attention.gamma: None -> 0.5",
+        "train.steps: 1000 -> 7",
+    ]
+    assert differences({"a": 1}, {"b": {"c": 2}}) == ["a: 1 -> absent", "b.c: absent -> 2"]

@@ -1,0 +1,79 @@
+import pytest
+
+from configs import base
+from rbf_jax.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def config():
+    return base.get_config()
+
+
+@pytest.fixture
+def other():
+    config = base.get_config()
+    config.seed = 1
+    return config
+
+
+def test_a_claimed_folder_holds_its_configuration(tmp_path, config):
+    folder = RunFolder(tmp_path / "new" / "run")
+    with folder.claimed(config):
+        assert folder.read_config().to_dict() == config.to_dict()
+    with folder.claimed(config):
+        assert folder.read_summary() is None
+
+
+def test_a_folder_is_one_processs(tmp_path, config):
+    with (
+        RunFolder(tmp_path).claimed(config),
+        pytest.raises(ValueError, match="another process is training in"),
+        RunFolder(tmp_path).claimed(config),
+    ):
+        pass
+    with RunFolder(tmp_path).claimed(config):
+        pass
+
+
+def test_nothing_trained_yet(tmp_path, config, other):
+    folder = RunFolder(tmp_path)
+    with folder.claimed(config):
+        folder.tokenizer.write_text("of the old configuration")
+    with folder.claimed(other):
+        assert folder.read_config().seed == 1
+        assert not folder.tokenizer.exists()
+
+
+def test_another_configuration_is_refused(tmp_path, config, other):
+    folder = RunFolder(tmp_path)
+    with folder.claimed(config):
+        folder.metrics.touch()
+    with (
+        pytest.raises(ValueError, match=r"another configuration; .* Different: seed: 0 -> 1"),
+        folder.claimed(other),
+    ):
+        pass
+    assert folder.read_config().seed == 0
+
+
+def test_somebody_elses_folder_is_refused(tmp_path, config):
+    (tmp_path / "precious.txt").touch()
+    with (
+        pytest.raises(ValueError, match="is not empty and holds no run"),
+        RunFolder(tmp_path).claimed(config),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+    with (
+        pytest.raises(ValueError, match=r"precious\.txt is not a folder"),
+        RunFolder(tmp_path / "precious.txt").claimed(config),
+    ):
+        pass
+
+
+def test_unreadable_configuration(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json is in it"):
+        RunFolder(tmp_path).read_config()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        RunFolder(tmp_path).read_config()
