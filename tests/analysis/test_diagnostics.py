@@ -37,6 +37,9 @@ def test_attention_weights_are_those_of_a_causal_model(seen):
     assert not weights[..., R:][..., later].any()
     assert (weights[..., :R] > 0).all()
     assert (weights[0] != weights[1]).any()
+    other_segment = weights[:, 1, :, 8:, R : R + 8]
+    assert not other_segment.any()
+    assert weights[:, 0, :, 8:, R : R + 8].any()
 
 
 def test_key_norms(seen):

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -32,8 +33,9 @@ def test_report_links_to_files_that_exist(written):
     text = report.read_text()
     assert text.startswith("# Title\n\n## One\n\nWords.\n")
     assert "\n## Two\n\nMore words.\n" in text
-    links = [link.replace("%20", " ") for link in re.findall(r"\]\(([^)]*)\)", text)]
-    assert [report.parent / link for link in links] == pictures
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links[0] == "figures/a%20b.png"
+    assert [report.parent / urllib.parse.unquote(link) for link in links] == pictures
     assert len(pictures) == 4
     for path in (report, numbers, *pictures):
         assert path.stat().st_size > 0

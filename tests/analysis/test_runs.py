@@ -114,6 +114,8 @@ def test_two_different_runs_are_needed(tmp_path):
         read_runs([folder])
     with pytest.raises(ValueError, match=r"names .*/a twice"):
         read_runs([folder, tmp_path / "b" / ".." / "a"])
+    with pytest.raises(ValueError, match=r"must be paths of run folders"):
+        read_runs([folder, ""])
 
 
 def test_tokenizer_digest(tmp_path):
