@@ -5,11 +5,13 @@ Only matplotlib's object interface is used, so that no figure lives in global st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -30,6 +32,7 @@ from rbf_jax.analysis.style import (
 
 METRIC_LABELS = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
 _WIDTH = 10.0  # Inches; a report shows a figure at about 900 pixels.
+_LEGEND_COLUMNS = 5
 
 
 @mpl.rc_context(STYLE)
@@ -62,7 +65,7 @@ def loss_figure(runs: Sequence[Run], metric: str = "loss") -> Figure:
     title = f"Validation loss minus {plain(runs[0].name)}'s"
     difference.set(title=title, xlabel="step", xlim=(0, None))
     difference.set_ylabel(f"difference in {label}")
-    _legend(figure, runs, {"validation": "thick", "training, running median": "thin"})
+    _legend(figure, _styled(runs), {"validation": "thick", "training, running median": "thin"})
     return figure
 
 
@@ -94,7 +97,7 @@ def stability_figure(runs: Sequence[Run]) -> Figure | None:
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
-    _legend(figure, runs, {"running median": "thick", "as logged": "thin"})
+    _legend(figure, _styled(runs), {"running median": "thick", "as logged": "thin"})
     return figure
 
 
@@ -104,29 +107,33 @@ _LEARNED = (("gamma", "γ", "learn_gamma"), ("key_norm_weight", "λ", "learn_key
 @mpl.rc_context(STYLE)
 def learned_figure(runs: Sequence[Run]) -> Figure | None:
     """γ and λ of each layer against steps, one thin line a head; None if no run learns them."""
-    panels = {}
+    panels: dict[str, tuple[list[str], list[Run]]] = {}
     for key, symbol, flag in _LEARNED:
         learning = [run for run in runs if run.config["model"]["attention"][flag]]
-        names = {name for run in learning for name in run.train if name.startswith(f"{key}/")}
-        if names:
-            panels[symbol] = sorted(names, key=natural), learning
+        found = {name for run in learning for name in run.train if name.startswith(f"{key}/")}
+        if found:
+            panels[symbol] = sorted(found, key=natural), learning
     if not panels:
         return None
-    size = len(panels), max(len(columns) for columns, _ in panels.values())
-    figure = Figure(figsize=(_WIDTH, 0.5 + 2.3 * size[0]), layout="constrained")
-    grid = figure.subplots(*size, squeeze=False, sharex=True, sharey="row")
-    for axes_row, (symbol, (columns, learning)) in zip(grid, panels.items()):
-        for axes, column in zip(axes_row, columns):
+    columns = min(4, max(len(names) for names, _ in panels.values()))
+    rows_of = {symbol: math.ceil(len(names) / columns) for symbol, (names, _) in panels.items()}
+    rows = sum(rows_of.values())
+    figure = Figure(figsize=(_WIDTH, 0.5 + 2.3 * rows), layout="constrained")
+    above = 0
+    for symbol, (names, learning) in panels.items():
+        first = None
+        for i, name in enumerate(names):
+            axes = figure.add_subplot(rows, columns, above * columns + i + 1, sharey=first)
             for run, style in _styled(runs):
-                if run in learning and column in run.train:
-                    _heads(axes, run.train["step"], run.train[column], style)
-            axes.set_title(f"{symbol}, layer {column.partition('/')[2]}")
-        axes_row[0].set_ylabel(symbol)
-    for axes in grid[-1]:
-        axes.set_xlabel("step")
+                if run in learning and name in run.train:
+                    _heads(axes, run.train["step"], run.train[name], style)
+            axes.set(title=f"{symbol}, layer {name.partition('/')[2]}", xlabel="step")
+            axes.set_ylabel(symbol if i % columns == 0 else "")
+            first = first or axes
+        above += rows_of[symbol]
     shown = [run for _, learning in panels.values() for run in learning]
     weights = {"mean of heads": "thick", "a head": "thin"}
-    _legend(figure, [run for run in runs if run in shown], weights)
+    _legend(figure, [(run, style) for run, style in _styled(runs) if run in shown], weights)
     return figure
 
 
@@ -175,7 +182,9 @@ def key_norm_figure(
     )
     if any(row.size for row in registers):
         handles.append(Line2D([], [], label="register tokens, one a head", **mark))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=min(len(handles), _LEGEND_COLUMNS)
+    )
     return figure
 
 
@@ -215,7 +224,7 @@ def attention_figure(
     figure.colorbar(
         image, ax=grid, label="attention weight", ticks=[0, 0.05, 0.25, 0.5, 1], aspect=40, pad=0.01
     )
-    figure.suptitle(f"{title}: attention weights, query (row) by key (column)", fontsize=10)
+    figure.suptitle(f"{plain(title)}: attention weights, query (row) by key (column)", fontsize=10)
     return figure
 
 
@@ -234,20 +243,22 @@ def _label_tokens(
     grid: np.ndarray, special: Sequence[str], tokens: Sequence[str], side: float
 ) -> None:
     """Writes the tokens along the outer panels if there is room for them, else counts them."""
-    size = min(7.0, 72 * 0.95 * side / (len(special) + len(tokens)))
-    every = 1
+    first = len(special)
+    size, every = min(7.0, 72 * 0.95 * side / (first + len(tokens))), 1
+    red: dict[float, str] = dict(enumerate(special))
     if size < 3.5:
         size, every = 7.0, max(1, len(tokens) // 4)
         tokens = [str(i) for i in range(len(tokens))]
-    ticks, labels = list(range(len(tokens)))[::every], [plain(t) for t in tokens[::every]]
+        red = {(first - 1) / 2: "…".join(dict.fromkeys([special[0], special[-1]]))} if first else {}
+    black = {i: plain(token) for i, token in enumerate(tokens) if i % every == 0}
+    rotation = 0 if max(map(len, black.values())) == 1 else 90
     for axes in grid[-1]:
-        x_ticks = [*range(len(special)), *(len(special) + tick for tick in ticks)]
-        rotation = 0 if max(map(len, labels)) == 1 else 90
-        axes.set_xticks(x_ticks, [*special, *labels], fontsize=size, rotation=rotation)
-        for label in axes.get_xticklabels()[: len(special)]:
+        axes.set_xticks([*red, *(first + i for i in black)], [*red.values(), *black.values()])
+        axes.tick_params("x", labelsize=size, rotation=rotation)
+        for label in axes.get_xticklabels()[: len(red)]:
             label.set(color=REGISTER_COLOR, fontweight="bold", rotation=90)
     for axes in grid[:, 0]:
-        axes.set_yticks(ticks, labels, fontsize=size)
+        axes.set_yticks(list(black), list(black.values()), fontsize=size)
     for axes in {*grid[-1], *grid[:, 0]}:
         axes.tick_params(length=0 if every == 1 else 2, pad=1)
         axes.grid(visible=False)
@@ -268,8 +279,12 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib draws as it is: no mathematics, no label hidden by its underscore."""
-    text = text.replace("$", r"\$")
+    """Text as matplotlib can draw it: no mathematics, nothing hidden by an underscore in front.
+
+    What the font does not have becomes □.
+    """
+    font = font_manager.get_font(font_manager.findfont(STYLE["font.family"]))
+    text = "".join(c if font.get_char_index(ord(c)) else "□" for c in text).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
@@ -288,17 +303,21 @@ def _line(axes: Axes, x: np.ndarray, y: np.ndarray, style: LineStyle, thin: bool
     axes.plot(x, y, color=style.color, linestyle="-" if thin else style.linestyle, **marks)
 
 
-def _legend(figure: Figure, runs: Sequence[Run], weights: Mapping[str, str]) -> None:
+def _legend(
+    figure: Figure, styled: Sequence[tuple[Run, LineStyle]], weights: Mapping[str, str]
+) -> None:
     """Names the runs, and what thick and thin lines are."""
     handles = [
         Line2D([], [], color=s.color, linestyle=s.linestyle, marker=s.marker, label=plain(run.name))
-        for run, s in _styled(runs)
+        for run, s in styled
     ]
     for label, weight in weights.items():
         handles.append(
             Line2D([], [], color="0.3", label=label, **_THIN if weight == "thin" else {})
         )
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6))
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=min(len(handles), _LEGEND_COLUMNS)
+    )
 
 
 def _has(columns: Columns, key: str) -> bool:

@@ -131,6 +131,18 @@ def test_learned_figure(runs):
     assert figures.learned_figure(runs[1:]) is None
 
 
+def test_the_legend_shows_runs_as_they_are_drawn(tmp_path):
+    learned = make_config(model__attention__learn_gamma=True)
+    folders = [
+        write_run(tmp_path / name, make_rows(heads=4), config)
+        for name, config in (("a", make_config()), ("b", learned))
+    ]
+    figure = figures.learned_figure(read_runs(folders))
+    (drawn,) = {line.get_marker() for line in figure.axes[0].lines} - {"None"}
+    shown = figure.legends[0].get_lines()[0]
+    assert shown.get_marker() == drawn != style.PALETTE["RBF"].marker
+
+
 def test_attention_figure(inside):
     figure = figures.attention_figure(inside, ["a", "b", "␣", "$d$"], "x", origin_sink=True)
     panels = np.array([axes for axes in figure.axes if axes.images]).reshape(2, 3)
@@ -157,6 +169,14 @@ def test_attention_figure_without_sink_and_with_too_many_tokens(inside):
     assert ticks(axes.xaxis) == ["r0", "0", "25", "50", "75"]
     np.testing.assert_array_equal(axes.get_xticks(), [0, 1, 26, 51, 76])
     np.testing.assert_array_equal(axes.get_yticks(), [0, 25, 50, 75])
+
+
+def test_attention_figure_names_registers_together_where_they_are_many(inside):
+    weights = np.full((1, 1, 12, 40, 43), 1 / 43, np.float32)
+    many = Inside(weights, np.ones((1, 1, 43, 12), np.float32))
+    axes = figures.attention_figure(many, ["a"] * 40, "x", origin_sink=True).axes[0]
+    assert ticks(axes.xaxis) == ["sink…r2", "0", "10", "20", "30"]
+    np.testing.assert_array_equal(axes.get_xticks(), [1.5, 4, 14, 24, 34])
 
 
 def test_key_norm_figure(runs):
@@ -188,9 +208,10 @@ def test_smooth():
     assert figures.smooth(np.array([])).shape == (0,)
 
 
-def test_names_are_drawn_as_they_are():
+def test_names_are_drawn_as_they_are_where_the_font_can():
     assert figures.plain("$x$") == r"\$x\$"
     assert figures.plain("_x") == " _x"
+    assert figures.plain("é␣狐\x00\ufffd") == "é␣□□\ufffd"
 
 
 def test_the_users_own_settings_are_left_alone(runs):
