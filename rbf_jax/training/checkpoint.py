@@ -91,9 +91,6 @@ class Checkpoints:
           state: of the step just done; may be donated as soon as this returns.
           iterator: of the training batches.
         """
-        step = int(state.step)
-        if step in self.steps:
-            return
         params, rest = _split(state)
         marks = fingerprint(state)
         about = {
@@ -101,8 +98,8 @@ class Checkpoints:
             "rest": int(marks.rest),
             "data": self._data_fingerprint,
         }
-        self._manager.save(
-            step,
+        self._manager.save(  # Which leaves a step that is there already as it is.
+            int(state.step),
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
                 rest=ocp.args.StandardSave(rest),

@@ -71,7 +71,7 @@ def _setup_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, NotImplementedError, OSError, ImportError) as error:
-        raise SetupError(str(error)) from error
+        raise SetupError(" ".join(str(error).split())) from error
 
 
 def _summary(trainer: Trainer) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 # Vectors by meaning, though some are arrays of two or more dimensions.
 _NO_DECAY = frozenset({"registers", "susie"})
@@ -32,7 +32,7 @@ def make_schedule(config: Any, steps: int) -> optax.Schedule:
         end_value=config.final_learning_rate,
     )
 
-    def learning_rate(count: chex.Numeric) -> jax.Array:
+    def learning_rate(count: ArrayLike) -> jax.Array:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and float32.
             return jnp.asarray(schedule(count + 1), jnp.float32)
 

@@ -123,7 +123,7 @@ def test_other_data_is_an_error(open_checkpoints, iterator):
 
 def test_a_write_that_was_killed_is_cleaned_up(open_checkpoints, iterator, tmp_path):
     save_steps(open_checkpoints(), iterator, [3])
-    half = tmp_path / "saved" / "7.orbax-checkpoint-tmp"
+    half = tmp_path / "saved" / "5.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "saved" / "3", half)
     checkpoints = open_checkpoints()
     assert checkpoints.steps == [3]

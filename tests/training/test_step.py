@@ -95,9 +95,12 @@ def test_loss_is_the_mean_over_targets_that_count(plain, model, params, eval_ste
     assert int(targets) == expected.size
 
 
-def test_two_devices_do_what_one_does(plain, one_step):
+def test_two_devices_do_what_one_does(plain, one_step, batch):
+    shards = place_batch(batch, make_mesh())["inputs"].addressable_shards
+    assert {shard.device: shard.data.shape for shard in shards} == dict.fromkeys(
+        jax.devices(), (2, 16)
+    )
     state, metrics = one_step(devices=2)
-    assert {shard.device for shard in metrics["loss"].addressable_shards} == set(jax.devices())
     np.testing.assert_allclose(metrics["loss"], plain[1]["loss"], rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], plain[1]["grad_norm"], rtol=1e-5)
     assert_close(state, plain[0])
