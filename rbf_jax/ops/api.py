@@ -105,8 +105,10 @@ def rbf_attention(
     Computed as softmax_j(2γ q_i·k_j − λγ‖k_j‖²) v_j: softmax ignores −γ‖q_i‖², the same for all j.
     λ = 1 is RBF attention; λ = 0 is dot-product attention with scale 2γ.
     Names, layout and masking conventions are those of :func:`jax.nn.dot_product_attention`.
-    Works under jit, grad, vmap, remat and jax.export; forward-mode derivatives (jvp) need
-    ``implementation="reference"``: the others define a custom_vjp and raise TypeError there.
+    Works under jit, grad, vmap, remat and shard_map. Forward-mode derivatives (jvp) need
+    ``implementation="reference"``: the others define a custom_vjp and raise TypeError there (jvp of
+    grad, a Hessian-vector product, works with "xla" too). jax.export takes all but "cudnn", whose
+    custom call JAX does not promise to keep: on a GPU, name "xla" for what is to be exported.
 
     Args:
       query: (B, T, N, H) or (T, N, H); float32, bfloat16, float16 or float64.

@@ -4,7 +4,9 @@
 the norm is split into three parts of the input's own 16-bit dtype, which together hold the 24 bits
 of a float32. cuDNN wants head dimensions in multiples of 8, so 5 more zeros follow where H is one.
 
-cuDNN applies the scale 2γ as one number known when compiling, so γ must be such a number.
+cuDNN applies the scale 2γ as one number known when compiling, so γ must be such a number. Its
+backward pass wants even lengths: an odd one gets one more query, whose output is dropped, or one
+more key, so far away that its weight is 0.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from rbf_jax.ops.types import Inputs, Masking, Options
 
 _PARTS = 3
 _MULTIPLE = 8
+# −λ‖k‖²/2 of a key that stands for none: finite times any 2γ and the parts' weight, in float32.
+_FAR_AWAY = {"bfloat16": -1e30, "float16": -65504.0}
 
 
 def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | None:
@@ -59,15 +63,22 @@ def attend(inputs: Inputs, masking: Masking, options: Options) -> tuple[jax.Arra
             local_window_size=options.window,
             implementation="cudnn",
         )
-    return out[..., : inputs.query.shape[-1]], None
+    return unpad(out, inputs), None
+
+
+def unpad(out: jax.Array, inputs: Inputs) -> jax.Array:
+    """Cuts the output for augmented inputs to the query's shape."""
+    _, T, _, H = inputs.query.shape
+    return out[:, :T, :, :H]
 
 
 def augment(inputs: Inputs, options: Options) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Appends the parts of −λ‖k‖²/2 to the keys, their weight to the queries, zeros to the values.
 
     Returns:
-      query (B, T, N, H'), key and value (B, S, K', H'), H' = H + 3 rounded up to a multiple of 8.
-      K' = K, or N where λ is given per query head: the heads of a group then differ in their norms.
+      query (B, T', N, H'), key and value (B, S', K', H'). H' is H + 3 rounded up to a multiple of
+      8, T' and S' are T and S rounded up to even. K' = K, or N where λ is given per query head:
+      the heads of a group then differ in their norms.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
     N, K, H = query.shape[2], key.shape[2], query.shape[3]
@@ -81,11 +92,11 @@ def augment(inputs: Inputs, options: Options) -> tuple[jax.Array, jax.Array, jax
     norms = jnp.sum(jnp.square(key.astype(jnp.float32)), axis=-1)
     parts = _split(-0.5 / weight * key_norm_weight * norms, query.dtype)
     weights = jnp.full((*query.shape[:-1], _PARTS), weight, query.dtype)
-    return (
-        _pad_heads(jnp.concatenate([query, weights], axis=-1), H),
-        _pad_heads(jnp.concatenate([key, parts], axis=-1), H),
-        _pad_heads(value, H),
-    )
+    query = _pad(jnp.concatenate([query, weights], axis=-1), H)
+    key = _pad(jnp.concatenate([key, parts], axis=-1), H)
+    S = inputs.key.shape[1]
+    key = key.at[:, S:, :, H].set(_FAR_AWAY[query.dtype.name])
+    return query, key, _pad(value, H)
 
 
 def _split(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -107,9 +118,10 @@ def _augmented_dim(head_dim: int) -> int:
     return -(-(head_dim + _PARTS) // _MULTIPLE) * _MULTIPLE
 
 
-def _pad_heads(array: jax.Array, head_dim: int) -> jax.Array:
-    missing = _augmented_dim(head_dim) - array.shape[-1]
-    return jnp.pad(array, [(0, 0)] * 3 + [(0, missing)])
+def _pad(array: jax.Array, head_dim: int) -> jax.Array:
+    """Zeros up to an even length and the augmented head dimension."""
+    odd, missing = array.shape[1] % 2, _augmented_dim(head_dim) - array.shape[-1]
+    return jnp.pad(array, [(0, 0), (0, odd), (0, 0), (0, missing)])
 
 
 @functools.cache

@@ -26,6 +26,7 @@ class Case:
     norm: float = 1.0  # standard deviation of the coordinates of queries and keys
     offset: float = 0.0  # added to the keys' first coordinate
     per_head: bool = False  # γ and λ as arrays, one number per head
+    per_head_weight: bool = False  # λ only
     features: frozenset[str] = frozenset()
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -43,6 +44,7 @@ class Case:
         key_norm_weight: Any = parameter.type(1)
         if self.per_head:
             gamma = np.linspace(0.5, 1.5, N, dtype=parameter) / parameter.type(np.sqrt(H))
+        if self.per_head or self.per_head_weight:
             key_norm_weight = np.linspace(0, 1, N, dtype=parameter)
         dlogsumexp = make(keys[4], B, T, N)
         cast = [x.astype(dtype) for x in (query, key, value)]
@@ -114,6 +116,7 @@ CASES = [
     case("grouped", N=4, K=2, is_causal=True),
     case("multi_query", N=4, K=1, per_head=True, is_causal=True, features=["array_gamma"]),
     case("per_head", per_head=True, features=["array_gamma"]),
+    case("per_head_weight", N=4, K=2, per_head_weight=True),
     case("window", is_causal=True, local_window_size=5),
     case("window_two_sided", ["two_sided_window"], local_window_size=(3, 2)),
     case("window_blocks", ["two_sided_window"], T=600, S=600, B=1, local_window_size=(40, 9)),

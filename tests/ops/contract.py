@@ -54,7 +54,7 @@ def _cudnn_arithmetic(query, key, value, *, gamma, key_norm_weight, **options):
         out = jax.nn.dot_product_attention(
             *heads, scale=2 * float(gamma), implementation="xla", **options
         )
-    return out[..., : query.shape[-1]].astype(query.dtype)
+    return cudnn.unpad(out, inputs).astype(query.dtype)
 
 
 _CUDNN = {
