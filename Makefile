@@ -28,7 +28,7 @@ check: setup
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 # On a machine with an NVIDIA GPU, with whatever Python holds its JAX: make test-gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python

@@ -12,6 +12,7 @@ from rbf_jax.nn.config import TransformerConfig
 from rbf_jax.nn.layers import Norm, output_init, weight_init
 from rbf_jax.nn.positions import Sinusoids, sinusoids
 from rbf_jax.nn.registers import Registers
+from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 
 
 class MLP(nn.Module):
@@ -57,9 +58,7 @@ class Block(nn.Module):
 # kept, recomputing a block does not attend again.
 _remat_block = nn.remat(
     Block,
-    policy=jax.checkpoint_policies.save_only_these_names(
-        "rbf_attention_out", "rbf_attention_logsumexp"
-    ),
+    policy=jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME, LOGSUMEXP_NAME),
 )
 
 
