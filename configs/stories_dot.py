@@ -2,9 +2,7 @@
 
 Command:  python -m experiments.train --config=configs/stories_dot.py
           On your own text: as stories_rbf.py says.
-Hardware:
-Time:
-Expect:
+Hardware: as stories_rbf.py says.
 """
 
 from configs import stories_rbf
