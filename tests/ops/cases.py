@@ -164,7 +164,7 @@ CASES = [
     # Every weight exp(−γ‖q−k‖²) underflows float32 unless the row is measured from its maximum.
     case("far_keys", offset=60.0),
     case("far_keys_causal", offset=60.0, is_causal=True, T=300, S=300),
-    case("huge_norms", ["huge_norms"], norm=1e4 / 4),  # ‖k‖ ≈ 1e4 at H = 16
+    case("huge_norms", norm=1e4 / 4),  # ‖k‖ ≈ 1e4 at H = 16
     case("small_norms", norm=1e-4),
     case("equal_keys", norm=0.0, offset=1.0),
 ]

@@ -1,0 +1,39 @@
+"""The list of what is supported says what the suite runs, and refusals are refusals."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from rbf_jax import rbf_attention
+from tests.ops import cases, contract, support
+
+REFUSED = [case for case in cases.CASES if case.features & contract.CUDNN_REFUSES]
+
+
+def test_document_is_up_to_date():
+    path = Path(__file__).parents[2] / "docs" / "implementations.md"
+    assert path.read_text() == support.document(), "run the command in tests/ops/support.py"
+
+
+def test_every_feature_is_described():
+    features = set().union(*(case.features for case in cases.CASES))
+    assert features == set(support.WHAT)
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+def test_cudnn_refuses_what_the_list_says(case, monkeypatch):
+    """The GPU is pretended: nothing is launched, since the call is refused before."""
+    monkeypatch.setattr("rbf_jax.ops.cudnn._has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr("rbf_jax.ops.cudnn._compute_capability", lambda: (9, 0))
+    q, k, v, gamma, key_norm_weight, *_ = case.arrays(jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="'xla' and 'reference' can do this call"):
+        rbf_attention(
+            q,
+            k,
+            v,
+            gamma=gamma,
+            key_norm_weight=key_norm_weight,
+            implementation="cudnn",
+            **case.resolved_options(),
+        )
