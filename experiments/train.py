@@ -4,7 +4,9 @@
 
 The run folder is runs/NAME or runs/NAME_VARIANT unless --run names another; all keys and what they
 mean are in configs/base.py. The same command again goes on with a run that was stopped or killed,
-and says so if it has finished.
+which then ends, bit for bit, as if it never had been (on GPUs that takes
+XLA_FLAGS=--xla_gpu_deterministic_ops=true), and says so if it has finished. A folder belongs to one
+configuration: any other, be it with more steps, takes another --run.
 
 Exit status: 0 finished; 1 diverged; 2 wrong command, configuration or data; 128 + N stopped by
 signal N after saving (143 for SIGTERM, 130 for Ctrl-C).

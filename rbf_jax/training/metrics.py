@@ -52,7 +52,7 @@ class MetricsFile:
         """Appends one line."""
         line = {"step": step, "split": split, **values}
         self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:

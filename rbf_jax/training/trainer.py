@@ -193,6 +193,8 @@ class Trainer:
             "tokens_per_second": rate,
             "seconds": self.seconds,
         }
+        if not all_finite(values):
+            self._diverged(self.step)
         left = (self.config.train.steps - self.step) * tokens / rate
         self._write("train", values)
         progress.log(self.step, values["loss"], rate, left)

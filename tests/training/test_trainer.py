@@ -153,9 +153,18 @@ def test_non_finite_loss_stops_the_run(config, tmp_path, after):
 
 def test_non_finite_parameters_are_not_saved(config, tmp_path, after):
     after(2, poison, before=True)
+    config.train.log_every = 3
     with pytest.raises(TrainingDiverged, match=r"step 2, .* there is no checkpoint yet"):
         train(config, tmp_path)
     assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_non_finite_metrics_are_not_written(config, tmp_path, after):
+    # The loss of the step is that of the parameters before it, what attention does is not.
+    after(3, poison, before=True)
+    with pytest.raises(TrainingDiverged, match=r"at step 3, .* the last good .* step 2 in"):
+        train(config, tmp_path)
+    assert max(line["step"] for line in without_timing(tmp_path / "metrics.jsonl")) == 2
 
 
 def test_a_finished_run_is_left_alone(config, finished_run, caplog):
