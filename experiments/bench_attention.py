@@ -2,6 +2,8 @@
 
     python -m experiments.bench_attention [--lengths=512,1024,…] [--out=FILE.json]
 
+FILE.md, written beside FILE.json, is the short table of forward + backward that the README shows.
+
 All implementations run in one process, interleaved round by round on the same inputs, so that a
 machine that slows down slows all of them. A time is the median over the rounds, memory what the
 compiled program says it needs for temporaries. Where a program needs more than --memory_limit, its
@@ -135,6 +137,25 @@ def table(results: Sequence[Result], title: str) -> Table:
     return grid
 
 
+def markdown(results: Sequence[Result]) -> str:
+    """The short table: forward + backward, the baseline and "rbf xla"."""
+    cells = {(r.implementation, r.length): r for r in results if r.direction == "forward+backward"}
+    lines = [
+        "| T = S | dot product, ms | RBF, ms | ratio | dot product, MiB | RBF, MiB |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for length in dict.fromkeys(r.length for r in results):
+        dot, rbf = cells[BASELINE, length], cells["rbf xla", length]
+        times = [r.milliseconds for r in (dot, rbf)]
+        texts = ["not run" if time is None else f"{time:,.0f}" for time in times]
+        ratio = ""
+        if dot.milliseconds is not None and rbf.milliseconds is not None:
+            ratio = f"{rbf.milliseconds / dot.milliseconds:.2f}"
+        memory = [f"{r.temporary_bytes / 2**20:,.0f}" for r in (dot, rbf)]
+        lines.append("| " + " | ".join([f"{length:,}", *texts, ratio, *memory]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the program; returns its exit status."""
     options = _parse(argv)
@@ -160,15 +181,17 @@ def main(argv: Sequence[str]) -> int:
             **settings,
             "results": [dataclasses.asdict(result) for result in results],
         }
-        _write(Path(options.out), content)
-        console.print(f"written to {options.out}")
+        out = Path(options.out)
+        _write(out, json.dumps(content, indent=1) + "\n")
+        _write(out.with_suffix(".md"), markdown(results))
+        console.print(f"written to {out} and {out.with_suffix('.md').name} beside it")
     return 0
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.write_text(text)
     beside.replace(path)
 
 
@@ -192,10 +215,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--memory_limit", type=float, default=6.0, help="GiB of temporaries (default: %(default)s)"
     )
-    parser.add_argument("--out", default="", help="JSON file to write")
+    parser.add_argument("--out", type=_json_file, default="", help="JSON file to write")
     options = parser.parse_args(argv[1:])
     options.dtype = jnp.dtype(options.dtype)
     return options
+
+
+def _json_file(text: str) -> str:
+    if not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .json")
+    return text
 
 
 if __name__ == "__main__":

@@ -11,17 +11,17 @@ from typing import Any
 
 import jax
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_PACKAGES = ("rbf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def describe() -> dict[str, Any]:
-    """Returns the device, the versions of Python and of what computes, and today's date."""
+    """Returns the devices, the versions of Python and of what computes, and the time now (UTC)."""
     devices = jax.devices()
     name = _cpu() if devices[0].platform == "cpu" else devices[0].device_kind
     return {
-        "device": name if len(devices) == 1 else f"{len(devices)} × {name}",
+        "device": name if len(devices) == 1 else f"{len(devices)} x {name}",
         "versions": {"python": platform.python_version(), **_versions()},
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

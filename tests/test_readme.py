@@ -24,7 +24,7 @@ def test_python(code):
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) >= 3
+    assert len(COMMANDS) >= 4
     assert len(PYTHON) == 3
 
 
@@ -36,7 +36,7 @@ def test_command_line_is_understood(command, tmp_path, monkeypatch):
         config, run = config_files.parse(argv)
         assert config.data.source == "text"
         assert config.data.train_files == ("train.txt.xz",)
-        assert run.name == "mine_rbf"
+        assert run.name in ("mine_rbf", "mine_dot")
         return
     program = {
         "experiments.evaluate": evaluate.main,
@@ -46,6 +46,11 @@ def test_command_line_is_understood(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if argv[0] != "experiments.bench_attention":
         assert program(argv) == 2  # the run is missing, not the option misunderstood
+
+
+def test_benchmark_table_is_the_measured_one():
+    table = (ROOT / "docs" / "measurements" / "bench_attention_cpu.md").read_text()
+    assert table in README
 
 
 def test_links_lead_to_files():

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import importlib.metadata
 import logging
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
+from rbf_jax import environment
 from rbf_jax.training.config import validate
 from rbf_jax.training.evaluation import bits_per_byte
 from rbf_jax.training.metrics import require_packages
@@ -23,8 +20,6 @@ from rbf_jax.training.signals import StopRequest
 from rbf_jax.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-_PACKAGES = ("rbf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class SetupError(Exception):
@@ -78,7 +73,6 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
     config, losses = trainer.config, trainer.valid_losses
     tokens = trainer.step * config.train.batch_size * config.data.context_length
     final, best = losses[trainer.step], min(losses, key=lambda step: (losses[step], step))
-    devices = jax.devices()
     return {
         "steps": trainer.step,
         "parameters": trainer.num_parameters,
@@ -90,10 +84,5 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
         "best_step": best,
         "tokens_per_second": tokens / trainer.seconds,
         "seconds": trainer.seconds,
-        "device": f"{len(devices)} x {devices[0].device_kind}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **environment.describe(),
     }

@@ -18,6 +18,8 @@ def test_measures_every_implementation_and_writes_json(tmp_path, capsys):
     assert content["causal"] is True
     assert content["versions"]["jax"]
     assert "rbf xla" in capsys.readouterr().out
+    rows = out.with_suffix(".md").read_text().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| 8", "| 40"]
 
 
 def test_a_program_over_the_memory_limit_is_not_run(tmp_path):
