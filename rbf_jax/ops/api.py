@@ -29,7 +29,6 @@ def _supports_everything(*_) -> None:
     return None
 
 
-# In order of preference: `implementation=None` takes the first that supports the call.
 _BACKENDS: dict[str, _Backend] = {
     "cudnn": _Backend(cudnn.attend, cudnn.unsupported),
     "xla": _Backend(xla.attend, _supports_everything),
@@ -105,17 +104,18 @@ def rbf_attention(
     Computed as softmax_j(2γ q_i·k_j − λγ‖k_j‖²) v_j: softmax ignores −γ‖q_i‖², the same for all j.
     λ = 1 is RBF attention; λ = 0 is dot-product attention with scale 2γ.
     Names, layout and masking conventions are those of :func:`jax.nn.dot_product_attention`.
-    Works under jit, grad, vmap, remat and shard_map. Forward-mode derivatives (jvp) need
-    ``implementation="reference"``: the others define a custom_vjp and raise TypeError there (jvp of
-    grad, a Hessian-vector product, works with "xla" too). jax.export takes all but "cudnn", whose
-    custom call JAX does not promise to keep: on a GPU, name "xla" for what is to be exported.
+    Works under jit, grad, vmap, remat and shard_map. Forward-mode derivatives (jvp) and reverse
+    mode twice (grad of grad) need ``implementation="reference"``: the others define a custom_vjp
+    and raise there; forward over reverse (jvp of grad, a Hessian-vector product) works with "xla"
+    too. jax.export takes "xla" (with constant lengths) and "reference"; the custom call of "cudnn"
+    is none that JAX promises to keep, so on a GPU name "xla" for what is to be exported.
 
     Args:
       query: (B, T, N, H) or (T, N, H); float32, bfloat16, float16 or float64.
       key: (B, S, K, H) or (S, K, H), K divides N, of the same dtype.
       value: same shape and dtype as ``key``.
       mask: bool, broadcastable to (B, N, T, S); True = attend.
-      gamma: γ > 0, scalar or (N,), differentiable. Default 1/√H.
+      gamma: γ > 0, scalar or (N,), differentiable. Default 1/√H. Not checked where it is traced.
       key_norm_weight: λ, scalar or (N,), differentiable.
       is_causal: query i attends to keys j ≤ i, also where T ≠ S.
       local_window_size: int w or (left, right): query i attends to i − left ≤ j ≤ i + right.
@@ -123,7 +123,8 @@ def rbf_attention(
       key_value_seq_lengths: int (B,); keys at or beyond it are not attended to.
       query_segment_ids: int (B, T); a query attends to the keys of its own segment only.
       key_value_segment_ids: int (B, S); given together with ``query_segment_ids``.
-      alibi_slopes: (N,), not negative, constant: adds −slope·|i − j| to the logits.
+      alibi_slopes: (N,), not negative: adds −slope·|i − j| to the logits. Constants: their gradient
+        is 0.
       origin_sink: adds a virtual key at the origin with value 0, that is exp(0) to the
         denominator of every row.
       implementation: None takes the best that supports the call; "reference", "xla" or "cudnn"
@@ -172,7 +173,7 @@ def _choose(implementation: str | None, inputs: Inputs, masking: Masking, option
     """Returns the ``attend`` of the implementation asked for, or of the best that can."""
     if implementation is None:
         return _best(inputs, masking, options)
-    if implementation not in _BACKENDS:
+    if not isinstance(implementation, str) or implementation not in _BACKENDS:
         raise ValueError(
             f"implementation={implementation!r} must be None or one of {sorted(_BACKENDS)}."
         )
@@ -190,10 +191,12 @@ def _choose(implementation: str | None, inputs: Inputs, masking: Masking, option
 
 
 def _best(inputs: Inputs, masking: Masking, options: Options):
-    if cudnn.unsupported(inputs, masking, options) is not None:
-        _log_choice("xla")
+    """cuDNN where it supports the call, else XLA, which supports all."""
+    reason = cudnn.unsupported(inputs, masking, options)
+    if reason is not None:
+        _log_choice(f"takes 'xla', since 'cudnn' {reason}")
         return xla.attend
-    _log_choice("cudnn")
+    _log_choice("takes 'cudnn' where the program is compiled for CUDA, else 'xla'")
 
     def attend(inputs, masking, options):
         # The program may yet be placed on the CPU (jax.default_device), where cuDNN is not.
@@ -209,5 +212,5 @@ def _best(inputs: Inputs, masking: Masking, options: Options):
 
 
 @functools.cache
-def _log_choice(name: str) -> None:
-    _logger.info("rbf_attention: implementation=None takes %r on this machine.", name)
+def _log_choice(choice: str) -> None:
+    _logger.info("rbf_attention: implementation=None %s.", choice)

@@ -1,8 +1,9 @@
 """RBF attention through cuDNN's fused dot-product attention, by extra head dimensions.
 
-2γ q·k − λγ‖k‖² = 2γ [q, c, c, c]·[k, h, m, l] where h + m + l = −λ‖k‖² / (2c), c a power of two:
-the norm is split into three parts of the input's own 16-bit dtype, which together hold the 24 bits
-of a float32. cuDNN wants head dimensions in multiples of 8, so 5 more zeros follow where H is one.
+2γ q·k − λγ‖k‖² = 2γ [q, a, b, c]·[k, h, m, l] where a·h + b·m + c·l = −λ‖k‖²/2 and a, b, c are
+powers of two: the norm is split into three parts of the input's own 16-bit dtype, which together
+hold about the 24 bits of a float32. cuDNN wants head dimensions in multiples of 8, so 5 zeros
+follow where H is one.
 
 cuDNN applies the scale 2γ as one number known when compiling, so γ must be such a number. Its
 backward pass wants even lengths: an odd one gets one more query, whose output is dropped, or one
@@ -19,9 +20,15 @@ import jax.numpy as jnp
 
 from rbf_jax.ops.types import Inputs, Masking, Options
 
-_PARTS = 3
 _MULTIPLE = 8
-# −λ‖k‖²/2 of a key that stands for none: finite times any 2γ and the parts' weight, in float32.
+# The weights a, b, c. bfloat16 has float32's range. float16 ends at 65,504, loses bits below 6e-5,
+# and so do its gradients: the first part holds ‖k‖ up to 23,100 (√λ‖k‖, to be exact; beyond, the
+# result is NaN), the others what is too small for the first.
+_WEIGHTS = {"bfloat16": (1.0, 1.0, 1.0), "float16": (2.0**12, 2.0, 2.0**-10)}
+_PARTS = 3
+# The part that takes the gradient: one whose weight neither overflows nor underflows it.
+_GRADIENT_PART = 1
+# The first part of a key that stands for none: finite times its weight and 2γ, in float32.
 _FAR_AWAY = {"bfloat16": -1e30, "float16": -65504.0}
 
 
@@ -87,30 +94,32 @@ def augment(inputs: Inputs, options: Options) -> tuple[jax.Array, jax.Array, jax
     else:
         key_norm_weight = inputs.key_norm_weight
         key, value = jnp.repeat(key, N // K, axis=2), jnp.repeat(value, N // K, axis=2)
-    # float16 ends at 65,504: weighted by 2¹² the parts hold key norms ‖k‖ up to 23,100.
-    weight = 4096.0 if query.dtype == jnp.float16 else 1.0
+    weights = _WEIGHTS[query.dtype.name]
     norms = jnp.sum(jnp.square(key.astype(jnp.float32)), axis=-1)
-    parts = _split(-0.5 / weight * key_norm_weight * norms, query.dtype)
-    weights = jnp.full((*query.shape[:-1], _PARTS), weight, query.dtype)
-    query = _pad(jnp.concatenate([query, weights], axis=-1), H)
+    parts = _split(-0.5 * key_norm_weight * norms, weights, query.dtype)
+    extra = jnp.broadcast_to(jnp.asarray(weights, query.dtype), (*query.shape[:-1], _PARTS))
+    query = _pad(jnp.concatenate([query, extra], axis=-1), H)
     key = _pad(jnp.concatenate([key, parts], axis=-1), H)
     S = inputs.key.shape[1]
     key = key.at[:, S:, :, H].set(_FAR_AWAY[query.dtype.name])
     return query, key, _pad(value, H)
 
 
-def _split(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Three numbers of the 16-bit `dtype` whose sum is x to about float32's precision, (..., 3).
+def _split(x: jax.Array, weights: tuple[float, ...], dtype: jnp.dtype) -> jax.Array:
+    """Numbers of the 16-bit `dtype` whose weighted sum is x to about float32's precision, (..., 3).
 
-    The gradient goes to the first one: their sum has x's derivative, and once is enough.
+    One of them takes the gradient, as if it were x over its weight.
     """
     info = jnp.finfo(dtype)
+    rest = jax.lax.stop_gradient(x)
     parts = []
-    for _ in range(_PARTS):
+    for weight in weights:
         # reduce_precision, since XLA may leave out a cast to 16 bits and back, and its rounding.
-        rounded = jax.lax.reduce_precision(x, info.nexp, info.nmant)
-        parts.append(rounded.astype(dtype))
-        x = jax.lax.stop_gradient(x - rounded)
+        part = jax.lax.reduce_precision(rest / weight, info.nexp, info.nmant)
+        rest = rest - weight * part
+        parts.append(part.astype(dtype))
+    nothing = (x - jax.lax.stop_gradient(x)) / weights[_GRADIENT_PART]
+    parts[_GRADIENT_PART] += nothing.astype(dtype)
     return jnp.stack(parts, axis=-1)
 
 

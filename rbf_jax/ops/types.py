@@ -14,10 +14,10 @@ class Masking(NamedTuple):
 
     Attributes:
       mask: bool, (B or 1, N or 1, T or 1, S or 1), True = attend.
-      query_lengths: int32 (B,); rows at or beyond the length attend to nothing.
-      key_lengths: int32 (B,); keys at or beyond the length are not attended to.
-      query_segments: int32 (B, T); a query attends only to keys of its own segment.
-      key_segments: int32 (B, S).
+      query_lengths: int32 (B,), 0 to T; rows at or beyond the length attend to nothing.
+      key_lengths: int32 (B,), 0 to S; keys at or beyond the length are not attended to.
+      query_segments: integer (B, T); a query attends only to keys of its own segment.
+      key_segments: integer (B, S), of any integer dtype each.
       alibi_slopes: accumulation dtype, (N,); adds −slope·|i − j| to the logits.
     """
 
@@ -75,8 +75,8 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def group_heads(per_head: jax.Array, num_kv_heads: int) -> jax.Array:
-    """One number per query head, (N,), as (K, G, 1, 1), to go with logits (B, K, G, T, S)."""
-    return per_head.reshape(num_kv_heads, -1, 1, 1)
+    """One number per query head, (N,), as (1, K, G, 1, 1), to go with logits (B, K, G, T, S)."""
+    return per_head.reshape(1, num_kv_heads, -1, 1, 1)
 
 
 def allowed_pairs(
@@ -109,9 +109,9 @@ def allowed_pairs(
         left, right = options.window
         rules.append(((columns >= rows - left) & (columns <= rows + right))[None, None, None])
     if masking.query_lengths is not None:
-        rules.append((rows < masking.query_lengths[:, None, None])[:, None, None])
+        rules.append(rows[None, None, None] < _per_row(masking.query_lengths))
     if masking.key_lengths is not None:
-        rules.append((columns < masking.key_lengths[:, None, None])[:, None, None])
+        rules.append(columns[None, None, None] < _per_row(masking.key_lengths))
     if masking.query_segments is not None and masking.key_segments is not None:
         same = masking.query_segments[:, :, None] == masking.key_segments[:, None, :]
         rules.append(same[:, None, None])
@@ -130,9 +130,13 @@ def allowed_pairs(
 def alibi_bias(
     masking: Masking, num_kv_heads: int, query_positions: jax.Array, key_positions: jax.Array
 ) -> jax.Array | None:
-    """−slope·|i − j| of a tile, (K, G, T, S), or None (Press et al., arXiv:2108.12409)."""
+    """−slope·|i − j| of a tile, (1, K, G, T, S), or None (Press et al., arXiv:2108.12409)."""
     if masking.alibi_slopes is None:
         return None
     distance = jnp.abs(query_positions[:, None] - key_positions[None, :])
     slopes = group_heads(masking.alibi_slopes, num_kv_heads)
-    return -slopes * distance.astype(slopes.dtype)[None, None]
+    return -slopes * distance.astype(slopes.dtype)[None, None, None]
+
+
+def _per_row(lengths: jax.Array) -> jax.Array:
+    return lengths[:, None, None, None, None]

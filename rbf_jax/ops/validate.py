@@ -43,8 +43,10 @@ def arrays(
     dtype = accumulation_dtype(query.dtype)
     if gamma is None:
         gamma = 1 / math.sqrt(H)
-    _require_known("gamma", gamma, "finite and greater than 0", lambda x: np.isfinite(x) & (x > 0))
-    _require_known("key_norm_weight", key_norm_weight, "finite", np.isfinite)
+    _require_known(
+        "gamma", gamma, dtype, "finite and greater than 0", lambda x: np.isfinite(x) & (x > 0)
+    )
+    _require_known("key_norm_weight", key_norm_weight, dtype, "finite", np.isfinite)
     inputs = Inputs(
         query,
         key,
@@ -61,6 +63,7 @@ def arrays(
         _require_known(
             "alibi_slopes",
             alibi_slopes,
+            dtype,
             "finite and not negative",
             lambda x: np.isfinite(x) & (x >= 0),
         )
@@ -68,11 +71,13 @@ def arrays(
             raise ValueError(
                 f"alibi_slopes has shape {np.shape(alibi_slopes)}, but must have (N,) = ({N},)."
             )
-        alibi_slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes).astype(dtype))
+        alibi_slopes = jax.lax.stop_gradient(_per_head("alibi_slopes", alibi_slopes, N, dtype))
+    query_lengths = _integers("query_seq_lengths", query_seq_lengths, (B,), unbatched)
+    key_lengths = _integers("key_value_seq_lengths", key_value_seq_lengths, (B,), unbatched)
     masking = Masking(
         mask=_mask(mask, (B, N, T, S)),
-        query_lengths=_integers("query_seq_lengths", query_seq_lengths, (B,), unbatched),
-        key_lengths=_integers("key_value_seq_lengths", key_value_seq_lengths, (B,), unbatched),
+        query_lengths=_clip(query_lengths, T),
+        key_lengths=_clip(key_lengths, S),
         query_segments=_integers("query_segment_ids", query_segment_ids, (B, T), unbatched),
         key_segments=_integers("key_value_segment_ids", key_value_segment_ids, (B, S), unbatched),
         alibi_slopes=alibi_slopes,
@@ -118,7 +123,8 @@ def static_gamma(gamma: Any, head_dim: int) -> float | None:
 
 
 def _query_key_value(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array, bool]:
-    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    query, key = _asarray("query", query), _asarray("key", key)
+    value = _asarray("value", value)
     named = {"query": query, "key": key, "value": value}
     for name, array in named.items():
         if array.ndim not in (3, 4) or array.ndim != query.ndim:
@@ -134,14 +140,11 @@ def _query_key_value(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array
             )
         if 0 in array.shape:
             raise ValueError(f"{name} has shape {array.shape}, but no axis may be empty.")
-    unbatched = query.ndim == 3
-    if unbatched:
-        query, key, value = query[None], key[None], value[None]
-    B, _, N, H = query.shape
-    K = key.shape[2]
-    if key.shape[0] != B or key.shape[3] != H:
+    N, H, K = query.shape[-2], query.shape[-1], key.shape[-2]
+    if key.shape[:-3] != query.shape[:-3] or key.shape[-1] != H:
         raise ValueError(
-            f"key has shape {key.shape}, but must be (B, S, K, H) with query's B = {B} and H = {H}."
+            f"key has shape {key.shape}, but must agree in batch and head dimension with query's "
+            f"shape {query.shape}."
         )
     if value.shape != key.shape:
         raise ValueError(f"value has shape {value.shape}, but must have key's shape {key.shape}.")
@@ -149,19 +152,32 @@ def _query_key_value(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array
         raise ValueError(
             f"query has {N} heads and key {K}, but the key's number must divide the query's."
         )
+    unbatched = query.ndim == 3
+    if unbatched:
+        query, key, value = query[None], key[None], value[None]
     return query, key, value, unbatched
 
 
-def _require_known(name: str, value, requirement: str, test) -> None:
-    """Tests a number or NumPy array; arrays of JAX may be traced, and are not waited for."""
-    if isinstance(value, (jax.Array, jax.core.Tracer)):
+def _require_known(name: str, value, dtype, requirement: str, test) -> None:
+    """Tests what is known when tracing, as it will be in `dtype`; a traced array passes."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value)):
         return
     try:
-        good = np.all(test(np.asarray(value, np.float64)))
+        # Booleans and complex numbers are refused by `_per_head`, later.
+        known = np.real(np.asarray(value)).astype(dtype)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={value!r} must be numeric and {requirement}.") from error
-    if not good:
-        raise ValueError(f"{name}={value} must be {requirement}.")
+        raise ValueError(f"{name}={value!r} must be numbers, {requirement}.") from error
+    if not np.all(test(known)):
+        raise ValueError(f"{name}={value} must be {requirement} in {np.dtype(dtype).name}.")
+
+
+def _asarray(name: str, value) -> jax.Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} is {type(value).__name__} {value!r}, but must be an array."
+        ) from error
 
 
 def _per_head(name: str, value, num_heads: int, dtype) -> jax.Array:
@@ -170,7 +186,7 @@ def _per_head(name: str, value, num_heads: int, dtype) -> jax.Array:
             f"{name} has shape {np.shape(value)}, but must be a scalar or have shape "
             f"(N,) = ({num_heads},)."
         )
-    array = jnp.asarray(value)
+    array = _asarray(name, value)
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise ValueError(f"{name} has dtype {array.dtype}, but must be real numbers.")
     return jnp.broadcast_to(array.astype(dtype), (num_heads,))
@@ -179,7 +195,7 @@ def _per_head(name: str, value, num_heads: int, dtype) -> jax.Array:
 def _mask(mask, shape: tuple[int, int, int, int]) -> jax.Array | None:
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    mask = _asarray("mask", mask)
     if mask.dtype != jnp.bool_:
         raise ValueError(f"mask has dtype {mask.dtype}, but must be bool (True = attend).")
     padded = (1,) * (4 - mask.ndim) + mask.shape
@@ -193,10 +209,15 @@ def _mask(mask, shape: tuple[int, int, int, int]) -> jax.Array | None:
 def _integers(name: str, value, shape: tuple[int, ...], unbatched: bool) -> jax.Array | None:
     if value is None:
         return None
-    array = jnp.asarray(value)
+    array = _asarray(name, value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {array.dtype}, but must be an integer dtype.")
     if array.shape != shape and not (unbatched and array.shape == shape[1:]):
         allowed = f"{shape[1:]} or {shape}" if unbatched else f"{shape}"
         raise ValueError(f"{name} has shape {array.shape}, but must have shape {allowed}.")
-    return array.astype(jnp.int32).reshape(shape)
+    return array.reshape(shape)
+
+
+def _clip(lengths: jax.Array | None, longest: int) -> jax.Array | None:
+    """Lengths as int32, those out of range as 0 or all."""
+    return None if lengths is None else jnp.clip(lengths, 0, longest).astype(jnp.int32)

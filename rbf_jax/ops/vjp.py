@@ -82,6 +82,8 @@ def with_custom_vjp(forward: Forward, backward: Backward) -> Forward:
 
     def call_backward(options, residuals, cotangents):
         dout, dlogsumexp = cotangents
+        # The logsumexp of a row that may attend to nothing is the constant −∞.
+        dlogsumexp = jnp.where(jnp.isneginf(residuals.logsumexp), 0, dlogsumexp)
         out = residuals.out.astype(dlogsumexp.dtype)
         delta = jnp.sum(out * dout.astype(dlogsumexp.dtype), axis=-1) - dlogsumexp
         gradients = backward(residuals, dout, delta, options)
@@ -90,9 +92,31 @@ def with_custom_vjp(forward: Forward, backward: Backward) -> Forward:
     call.defvjp(call_forward, call_backward)
 
     def attend(inputs: Inputs, masking: Masking, options: Options):
-        return call(options, inputs, masking)
+        return call(options, *_vary_together((inputs, masking)))
 
     return attend
+
+
+def _vary_together(arrays):
+    """Inside shard_map: lets all arrays vary over every mesh axis that any of them varies over.
+
+    The rule above may then mix them freely; the gradient of one that was the same on all devices is
+    summed over them by JAX, as the transpose of this cast.
+    """
+    axes = frozenset().union(*(_varying_axes(x) for x in jax.tree.leaves(arrays)))
+
+    def cast(x):
+        missing = tuple(sorted(axes - _varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, arrays)
+
+
+def _varying_axes(x: jax.Array) -> frozenset[str]:
+    aval = jax.typeof(x)
+    if hasattr(aval, "manual_axis_type"):  # jax 0.10.2
+        return frozenset(aval.manual_axis_type.varying)
+    return frozenset(aval.vma)
 
 
 def _input_gradients(inputs: Inputs, gradients: DotGradients) -> Inputs:

@@ -30,9 +30,9 @@ from rbf_jax.ops.types import (
 )
 from rbf_jax.ops.vjp import DotGradients, Residuals, with_custom_vjp
 
-# Upper limits of a block; the fastest of 64 to 512 on two AMD EPYC cores (docs/measurements).
-_MAX_BLOCK_QUERIES = 256
-_MAX_BLOCK_KEYS = 512
+# Upper limits of a block of queries and of keys, found by trying on two CPU cores: smaller ones pay
+# for more loop turns, larger ones fall out of the cache.
+_MAX_BLOCKS = (256, 512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +45,11 @@ class _Axis:
 
     @classmethod
     def cut(cls, length: int, limit: int) -> _Axis:
-        count = -(-length // limit)
-        block = -(-length // count)
-        if count > 1:
-            block = (
-                -(-block // 8) * 8
-            )  # whole vector registers; the last block has a few more to fill
-        return cls(length, block, count)
+        num_blocks = -(-length // limit)
+        block = -(-length // num_blocks)
+        if num_blocks > 1:  # whole vector registers; the last block has a few more rows to fill
+            block = -(-block // 8) * 8
+        return cls(length, block, num_blocks)
 
     def pad(self, array: jax.Array, axis: int, fill=0) -> jax.Array:
         missing = self.num_blocks * self.block - self.length
@@ -86,17 +84,19 @@ class _Call(NamedTuple):
     key: jax.Array  # B K S H
     value: jax.Array  # B K S H, in the dtype of the weights
     key_penalty: jax.Array  # λγ‖k‖², B K G 1 S, accumulation dtype
-    double_gamma: jax.Array  # 2γ, K G 1 1, accumulation dtype
+    double_gamma: jax.Array  # 2γ, 1 K G 1 1, accumulation dtype
     masking: Masking
     options: Options
 
     @classmethod
-    def prepare(cls, inputs: Inputs, masking: Masking, options: Options) -> _Call:
+    def prepare(
+        cls, inputs: Inputs, masking: Masking, options: Options, limits: tuple[int, int]
+    ) -> _Call:
         dtype = accumulation_dtype(inputs.query.dtype)
         weight_dtype = inputs.query.dtype if inputs.query.dtype == jnp.bfloat16 else dtype
         K = inputs.key.shape[2]
-        rows = _Axis.cut(inputs.query.shape[1], _MAX_BLOCK_QUERIES)
-        columns = _Axis.cut(inputs.key.shape[1], _MAX_BLOCK_KEYS)
+        rows = _Axis.cut(inputs.query.shape[1], limits[0])
+        columns = _Axis.cut(inputs.key.shape[1], limits[1])
         key = _heads_first(inputs.key, K, columns)[:, :, 0]
         value = _heads_first(inputs.value, K, columns)[:, :, 0]
         key_norms = jnp.sum(jnp.square(key.astype(dtype)), axis=-1)[:, :, None, None, :]
@@ -125,7 +125,7 @@ class _Call(NamedTuple):
         masking = _cut_masking(self.masking, rows, columns, i, j)
         allowed = allowed_pairs(masking, self.options, K, *positions)
         if columns.length % columns.block:
-            inside = positions[1] < columns.length
+            inside = (positions[1] < columns.length)[None, None, None, None]
             allowed = inside if allowed is None else allowed & inside
         return logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
 
@@ -158,11 +158,17 @@ class _Call(NamedTuple):
         return self.rows.holding(lowest, highest)
 
 
-def _forward(inputs: Inputs, masking: Masking, options: Options):
-    call = _Call.prepare(inputs, masking, options)
+# Compiled as a unit: outside a jit, loops whose bodies are new functions each time would be
+# compiled at every call.
+@functools.partial(jax.jit, static_argnames=("options", "limits"))
+def _forward_in_blocks(
+    inputs: Inputs, masking: Masking, options: Options, limits: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    call = _Call.prepare(inputs, masking, options, limits)
     rows, columns = call.rows, call.columns
-    B, K, G, T, H = call.query.shape
     dtype = call.key_penalty.dtype
+    zeros = _zeros(call.query, dtype)
+    row_zeros = zeros[..., 0]
 
     def query_block(i, carry):
         out, logsumexp = carry
@@ -183,10 +189,11 @@ def _forward(inputs: Inputs, masking: Masking, options: Options):
 
         # The origin sink is a key with logit 0 and value 0 that every row sees first.
         sink = options.origin_sink
+        nothing_yet = rows.slice(row_zeros, i, 3)
         carry = (
-            jnp.zeros((B, K, G, rows.block, H), dtype),
-            jnp.full((B, K, G, rows.block), 1 if sink else 0, dtype),
-            jnp.full((B, K, G, rows.block), 0 if sink else -jnp.inf, dtype),
+            rows.slice(zeros, i, 3),
+            nothing_yet + (1 if sink else 0),
+            nothing_yet + (0 if sink else -jnp.inf),
         )
         first, last = call.key_blocks(i)
         weighted, total, maximum = lax.fori_loop(first, last, key_block, carry)
@@ -196,19 +203,23 @@ def _forward(inputs: Inputs, masking: Masking, options: Options):
         row_logsumexp = jnp.where(nothing, -jnp.inf, maximum + jnp.log(total))
         return rows.update(out, block, i, 3), rows.update(logsumexp, row_logsumexp, i, 3)
 
-    carry = jnp.zeros((B, K, G, T, H), inputs.query.dtype), jnp.zeros((B, K, G, T), dtype)
+    carry = zeros.astype(inputs.query.dtype), row_zeros
     out, logsumexp = lax.fori_loop(jnp.int32(0), jnp.int32(rows.num_blocks), query_block, carry)
     return _lengths_first(out, rows), _lengths_first(logsumexp, rows)
 
 
-def _backward(
-    residuals: Residuals, dout: jax.Array, delta: jax.Array, options: Options
+@functools.partial(jax.jit, static_argnames=("options", "limits"))
+def _backward_in_blocks(
+    residuals: Residuals,
+    dout: jax.Array,
+    delta: jax.Array,
+    options: Options,
+    limits: tuple[int, int],
 ) -> DotGradients:
-    call = _Call.prepare(residuals.inputs, residuals.masking, options)
-    rows, columns = call.rows, call.columns
-    B, K, G, T, H = call.query.shape
-    S = call.key.shape[2]
+    call = _Call.prepare(residuals.inputs, residuals.masking, options, limits)
+    rows, columns, K = call.rows, call.columns, call.key.shape[1]
     dtype, weight_dtype = call.key_penalty.dtype, call.value.dtype
+    zeros = _zeros(call.query, dtype), _zeros(call.key, dtype), _zeros(call.key_penalty, dtype)
 
     dout = _heads_first(dout, K, rows).astype(weight_dtype)
     delta = _heads_first(delta, K, rows)
@@ -234,14 +245,9 @@ def _backward(
             row_dq = rows.slice(dq, i, 3) + _dot(dproducts, key.astype(weight_dtype), ((4,), (2,)))
             return rows.update(dq, row_dq, i, 3), dk, dv, column_sums
 
-        carry = (
-            dq,
-            jnp.zeros((B, K, columns.block, H), dtype),
-            jnp.zeros((B, K, columns.block, H), dtype),
-            jnp.zeros((B, K, G, columns.block), dtype),
-        )
+        blocks = [columns.slice(x, j, axis) for x, axis in zip((dk, dv, column_sums), (2, 2, 3))]
         first, last = call.query_blocks(j)
-        dq, *blocks = lax.fori_loop(first, last, query_block, carry)
+        dq, *blocks = lax.fori_loop(first, last, query_block, (dq, *blocks))
         return (
             dq,
             columns.update(dk, blocks[0], j, 2),
@@ -249,12 +255,7 @@ def _backward(
             columns.update(column_sums, blocks[2], j, 3),
         )
 
-    carry = (
-        jnp.zeros((B, K, G, T, H), dtype),
-        jnp.zeros((B, K, S, H), dtype),
-        jnp.zeros((B, K, S, H), dtype),
-        jnp.zeros((B, K, G, S), dtype),
-    )
+    carry = zeros[0], zeros[1], zeros[1], zeros[2][..., 0, :]
     dq, dk, dv, column_sums = lax.fori_loop(
         jnp.int32(0), jnp.int32(columns.num_blocks), key_block, carry
     )
@@ -266,7 +267,28 @@ def _backward(
     )
 
 
+def _forward(inputs: Inputs, masking: Masking, options: Options):
+    return _forward_in_blocks(inputs, masking, _rules(options), _MAX_BLOCKS)
+
+
+def _backward(residuals: Residuals, dout: jax.Array, delta: jax.Array, options: Options):
+    return _backward_in_blocks(residuals, dout, delta, _rules(options), _MAX_BLOCKS)
+
+
 attend = with_custom_vjp(_forward, _backward)
+
+
+def _rules(options: Options) -> Options:
+    """Only what the loops depend on, so that another γ, say, compiles nothing anew."""
+    return Options(options.is_causal, options.window, options.origin_sink)
+
+
+def _zeros(like: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Zeros of a shape, with the sharding and the varying axes too: the loops' carries need them.
+
+    (`jnp.zeros_like` does not keep an explicit sharding.)
+    """
+    return jnp.where(like == like, 0, 0).astype(dtype)
 
 
 def _dot(a: jax.Array, b: jax.Array, contract) -> jax.Array:

@@ -103,8 +103,7 @@ class _Constant:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of at most 8 and 16, so that short sequences have several."""
-    monkeypatch.setattr("rbf_jax.ops.xla._MAX_BLOCK_QUERIES", 8)
-    monkeypatch.setattr("rbf_jax.ops.xla._MAX_BLOCK_KEYS", 16)
+    monkeypatch.setattr("rbf_jax.ops.xla._MAX_BLOCKS", (8, 16))
 
 
 @hypothesis.settings(

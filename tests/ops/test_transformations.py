@@ -24,8 +24,7 @@ def arrays():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("rbf_jax.ops.xla._MAX_BLOCK_QUERIES", 8)
-    monkeypatch.setattr("rbf_jax.ops.xla._MAX_BLOCK_KEYS", 8)
+    monkeypatch.setattr("rbf_jax.ops.xla._MAX_BLOCKS", (8, 8))
 
 
 def assert_close(got, want):
@@ -150,7 +149,7 @@ def test_sharded_inputs(arrays, mesh, spec):
     want = jax.jit(f)(q, k, v, dout)
     sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (q, k, v, dout)]
     assert_close(jax.jit(f)(*sharded), want)
-    mapped = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
     assert_close(jax.jit(mapped)(*sharded), want)
 
 
