@@ -135,6 +135,13 @@ def _valid_text(run: Run) -> list[Any]:
     return [data.get(key) for key in keys]
 
 
+def _validation_rows(run: Run) -> int:
+    """Rows of the validation split that an evaluation looks at; 0 for all."""
+    train, optimizer = run.config["train"], run.config.get("optimizer", {})
+    rows = train.get("batch_size", 0) // optimizer.get("accumulate_steps", 1)
+    return train.get("eval_batches", 0) * rows
+
+
 def _warnings(runs: Sequence[Run], same_tokens: bool) -> list[str]:
     warnings = []
     if not same_tokens:
@@ -148,6 +155,18 @@ def _warnings(runs: Sequence[Run], same_tokens: bool) -> list[str]:
         )
     if len({run.config["data"].get("context_length") for run in runs}) > 1:
         warnings.append("Context lengths differ: a longer context alone lowers the loss.")
+    if len({run.config["data"].get("layout") for run in runs}) > 1:
+        warnings.append(
+            "Data layouts differ: packed rows keep every token as a target, padded rows only the "
+            "first of each document, so losses are means over different targets."
+        )
+    rows = [_validation_rows(run) for run in runs]
+    if len(set(rows)) > 1:
+        each = ", ".join(f"{run.name}: {number or 'all'}" for run, number in zip(runs, rows))
+        warnings.append(
+            "The runs are validated on different numbers of rows, so losses are means over "
+            f"different targets ({each})."
+        )
     if len({run.config["train"].get("steps") for run in runs}) > 1:
         warnings.append(
             "Numbers of steps differ, and the learning rate decays over them: at one and the same "

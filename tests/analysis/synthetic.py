@@ -18,6 +18,7 @@ def make_config(**changes):
             "valid_files": None,
             "tokenizer": "bytes",
             "context_length": 64,
+            "layout": "packed",
         },
         "model": {
             "num_layers": 2,
@@ -33,7 +34,7 @@ def make_config(**changes):
                 "learn_key_norm_weight": False,
             },
         },
-        "train": {"steps": STEPS},
+        "train": {"steps": STEPS, "batch_size": 8, "eval_batches": 0},
     }
     for key, value in changes.items():
         *path, last = key.split("__")
