@@ -2,7 +2,8 @@
 
 A checkpoint is a folder named by its step, with the items params, rest (the training state but for
 the parameters), data (the iterator's position) and about (digest of the state, fingerprint of the
-data). Orbax notices truncated and missing files, but not a changed byte: the digest does.
+data, seconds of training). Orbax notices truncated and missing files, but not a changed byte: the
+digest does.
 """
 
 from __future__ import annotations
@@ -84,12 +85,13 @@ class Checkpoints:
         """Steps that have a checkpoint, the newest last."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, iterator: grain.DatasetIterator) -> None:
+    def save(self, state: TrainState, iterator: grain.DatasetIterator, seconds: float) -> None:
         """Starts to write a checkpoint, if the step has none; waits for the one before it.
 
         Args:
           state: of the step just done; may be donated as soon as this returns.
           iterator: of the training batches.
+          seconds: that training took so far.
         """
         params, rest = _split(state)
         marks = fingerprint(state)
@@ -97,6 +99,7 @@ class Checkpoints:
             "params": int(marks.params),
             "rest": int(marks.rest),
             "data": self._data_fingerprint,
+            "seconds": seconds,
         }
         self._manager.save(  # Which leaves a step that is there already as it is.
             int(state.step),
@@ -110,7 +113,7 @@ class Checkpoints:
 
     def restore_newest(
         self, state: TrainState, iterator: grain.DatasetIterator
-    ) -> TrainState | None:
+    ) -> tuple[TrainState, float] | None:
         """Goes back to the newest good checkpoint; bad ones that are newer are moved aside.
 
         Args:
@@ -118,7 +121,7 @@ class Checkpoints:
           iterator: its position is set.
 
         Returns:
-          The state, or None if there is no checkpoint at all.
+          The state and its seconds, or None if there is no checkpoint at all.
 
         Raises:
           CheckpointError: there are checkpoints, but none is good, or the data has changed.
@@ -126,20 +129,20 @@ class Checkpoints:
         bad: dict[int, str] = {}
         for step in reversed(self.steps):
             try:
-                restored, fingerprint = self._read(step, state, iterator)
+                restored, about = self._read(step, state, iterator)
             except Exception as error:  # Orbax and TensorStore raise whatever a bad file leads to.
                 bad[step] = _one_line(error)
                 logger.warning(
                     "Checkpoint %s cannot be used: %s", self._folder / str(step), bad[step]
                 )
                 continue
-            if fingerprint != self._data_fingerprint:
+            if about["data"] != self._data_fingerprint:
                 raise CheckpointError(
                     f"the training data or the tokenizer has changed since the checkpoint of step "
                     f"{step} in {self._folder}; a run must go on with what it began with."
                 )
             self._move_aside(bad)
-            return restored
+            return restored, about["seconds"]
         if bad:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in bad.items())
             raise CheckpointError(f"no checkpoint in {self._folder} is good: {reasons}")
@@ -155,7 +158,7 @@ class Checkpoints:
 
     def _read(
         self, step: int, state: TrainState, iterator: grain.DatasetIterator
-    ) -> tuple[TrainState, str]:
+    ) -> tuple[TrainState, dict[str, Any]]:
         params, rest = jax.tree.map(ocp.utils.to_shape_dtype_struct, _split(state))
         items = self._manager.restore(
             step,
@@ -172,7 +175,7 @@ class Checkpoints:
         self._manager.restore(
             step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(iterator))
         )
-        return restored, items.about["data"]
+        return restored, items.about
 
     def _move_aside(self, bad: Iterable[int]) -> None:
         for step in bad:
@@ -190,18 +193,21 @@ def find_step(folder: Path, wanted: int | str | None, losses: Mapping[int, float
 
     Args:
       folder: of all checkpoints.
-      wanted: a step, "best" by validation loss, or None for the newest.
+      wanted: a step, "best" by validation loss, or "last" or None for the newest.
       losses: validation loss by step.
 
     Raises:
       CheckpointError: there is no such checkpoint.
+      ValueError: `wanted` is none of these.
     """
+    if wanted not in (None, "last", "best") and type(wanted) is not int:
+        raise ValueError(f"checkpoint is {wanted!r}; it must be a step, 'best', 'last' or None.")
     steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
     if not steps:
         raise CheckpointError(f"{folder} holds no checkpoint yet.")
-    if wanted is None:
+    if wanted is None or wanted == "last":
         return steps[-1]
-    step = best_step(steps, losses) if isinstance(wanted, str) else wanted
+    step = best_step(steps, losses) if wanted == "best" else int(wanted)
     if step is None or step not in steps:
         raise CheckpointError(
             f"{folder} holds no checkpoint {wanted!r}; it holds {', '.join(map(str, steps))}."

@@ -56,7 +56,7 @@ def load_run(run_dir: str | Path, step: int | str | None = None) -> LoadedRun:
 
     Args:
       run_dir: the run's folder.
-      step: of the checkpoint; "best" is that of best validation loss, None the newest.
+      step: of the checkpoint; "best" is that of best validation loss, "last" or None the newest.
 
     Raises:
       ValueError: it is no run folder, or has no such checkpoint, or the checkpoint is damaged.
@@ -87,7 +87,7 @@ def evaluate_run(
     Raises:
       ValueError: as `load_run`, or the data is not where the run found it.
     """
-    run = load_run(run_dir, None if checkpoint == "last" else checkpoint)
+    run = load_run(run_dir, checkpoint)
     config, data = run.config, run.data
     rows = config.train.batch_size // config.optimizer.accumulate_steps
     # As many devices as the rows can be split over.

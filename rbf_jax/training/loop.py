@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from rbf_jax import environment
@@ -47,6 +48,7 @@ def train(config: ConfigDict, run_dir: str | Path) -> dict[str, Any]:
     folder, mesh = RunFolder(run_dir), make_mesh()
     with StopRequest() as stop, contextlib.ExitStack() as stack:
         with _setup_errors():
+            _require_one_process()
             validate(config, mesh.size)
             require_packages(config.logging)
             stack.enter_context(folder.claimed(config))
@@ -59,6 +61,13 @@ def train(config: ConfigDict, run_dir: str | Path) -> dict[str, Any]:
         summary = _summary(trainer)
         write_json(folder.summary, summary)
     return summary
+
+
+def _require_one_process() -> None:
+    if (count := jax.process_count()) > 1:
+        raise ValueError(
+            f"jax.process_count() is {count}; training runs in one process, on all its devices."
+        )
 
 
 @contextlib.contextmanager

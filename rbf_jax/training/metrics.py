@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,9 @@ class Writer(Protocol):
 
     def write(self, step: int, split: str, values: Values) -> None:
         """Takes the metrics of one step and split."""
+
+    def flush(self) -> None:
+        """Returns when what was taken survives the end of the program."""
 
     def close(self) -> None:
         """Brings everything to where it belongs."""
@@ -55,7 +59,7 @@ class MetricsFile:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
-    def sync(self) -> None:
+    def flush(self) -> None:
         """Returns when the lines are on the disk."""
         os.fsync(self._file.fileno())
 
@@ -67,11 +71,6 @@ class MetricsFile:
     def valid_losses(self) -> dict[int, float]:
         """Validation loss by step."""
         return valid_losses(self.lines)
-
-    @property
-    def seconds(self) -> float:
-        """Training time up to the last line that tells."""
-        return max((line.get("seconds", 0.0) for line in self.lines), default=0.0)
 
 
 def read_valid_losses(path: Path) -> dict[int, float]:
@@ -144,17 +143,30 @@ class TensorBoard:
 
     def __init__(self, folder: Path, last_step: int):
         """Opens the folder; what it holds of steps behind `last_step` is no longer shown."""
-        import tensorboardX
+        # Not its SummaryWriter, whose flush leaves behind what another thread has yet to write.
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
 
-        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=last_step + 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(
+            self._event(wall_time=time.time(), step=last_step + 1, session_log=start)
+        )
 
     def write(self, step: int, split: str, values: Values) -> None:
         """Takes the metrics of one step and split."""
         for name, value in _scalars(values).items():
-            self._writer.add_scalar(f"{split}/{name}", value, step)
+            summary = self._scalar(f"{split}/{name}", value)
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        """Writes what is left."""
+        self._writer.flush()
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes what is left and closes the file."""
         self._writer.close()
 
 
@@ -181,6 +193,9 @@ class WeightsAndBiases:
         """Takes the metrics of one step and split."""
         scalars = {f"{split}/{name}": value for name, value in _scalars(values).items()}
         self._run.log(scalars, step=step)
+
+    def flush(self) -> None:
+        """Does nothing: wandb's own process keeps what it was given."""
 
     def close(self) -> None:
         """Uploads what is left."""

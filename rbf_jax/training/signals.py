@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType, TracebackType
 
 
 class StopRequest:
     """Catches SIGTERM and the first Ctrl-C while its block runs; a second Ctrl-C interrupts.
+
+    Only the main thread can; in another thread the program's own handlers stay.
 
     Attributes:
       received: the signal, or None.
@@ -18,6 +21,8 @@ class StopRequest:
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> StopRequest:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._receive)
         return self

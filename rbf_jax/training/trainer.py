@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 from typing import Any
 
@@ -68,29 +69,20 @@ class Trainer:
           mesh: of all devices.
 
         Raises:
-          ValueError: the data cannot be read, or no checkpoint is good.
+          ValueError: the data cannot be read, the model cannot be made, or no checkpoint is good.
+          NotImplementedError: attention cannot be computed as the configuration wants it.
         """
         self.config = config
         self._folder, self._mesh = folder, mesh
         self.data = load_data(config.data, seed=config.seed, tokenizer_dir=folder.path)
         self.model = CausalLM(model_config(config, self.data.tokenizer.vocab_size))
         self._optimizer = make_optimizer(config.optimizer, config.train.steps)
-        self._rows = config.train.batch_size // jax.process_count()  # of this process
-        self._batches = iter(self._open_batches("train", self._rows, shuffle=True, repeat=True))
-        self._checkpoints = Checkpoints(
-            folder.checkpoints,
-            keep=config.train.keep_checkpoints,
-            data_fingerprint=self.data.fingerprint,
-        )
-        fresh = create_state(self.model, self._optimizer, config.seed, mesh)
-        restored = self._checkpoints.restore_newest(fresh, self._batches)
-        self.state = fresh if restored is None else restored
-        self.step = self._last_check = int(self.state.step)
-        self._metrics = MetricsFile(folder.metrics, self.step)
-        self._checkpoints.losses.update(self._metrics.valid_losses)
-        self._writers = [self._metrics, *open_writers(config, folder, self.step)]
-        self._watch = Stopwatch(self._metrics.seconds)
-        self._logged = (self.step, self._watch.seconds)
+        self.state = create_state(self.model, self._optimizer, config.seed, mesh)
+        # What cannot be compiled leaves no file in the folder.
+        self._compile()
+        with contextlib.ExitStack() as opened:
+            self._open(opened)
+            self._opened = opened.pop_all()
         if self.step:
             logger.info("Going on from the checkpoint of step %d.", self.step)
 
@@ -117,7 +109,6 @@ class Trainer:
           TrainingDiverged: something is not finite; nothing of it was saved.
         """
         steps = self.config.train.steps
-        self._compile()
         in_flight: collections.deque[jax.Array] = collections.deque()
         with Progress(self.step, steps) as progress:
             self._watch.start()
@@ -133,10 +124,32 @@ class Trainer:
                 self._after_step(batch, metrics, progress)
 
     def close(self) -> None:
-        """Waits for the last checkpoint and closes all files."""
-        self._checkpoints.close()
+        """Waits for the last checkpoint, closes all files and ends the workers of the data."""
+        self._opened.close()
+
+    def _open(self, opened: contextlib.ExitStack) -> None:
+        """Opens data, checkpoints and metrics where the run goes on; `opened` closes them."""
+        config, folder = self.config, self._folder
+        batch_size = config.train.batch_size
+        self._batches = iter(self.data.batches("train", batch_size, shuffle=True, repeat=True))
+        opened.callback(self._batches.close)
+        self._checkpoints = Checkpoints(
+            folder.checkpoints,
+            keep=config.train.keep_checkpoints,
+            data_fingerprint=self.data.fingerprint,
+        )
+        opened.callback(self._checkpoints.close)
+        seconds = 0.0
+        if restored := self._checkpoints.restore_newest(self.state, self._batches):
+            self.state, seconds = restored
+        self.step = self._last_check = int(self.state.step)
+        self._watch = Stopwatch(seconds)
+        self._logged = (self.step, seconds)
+        self._metrics = MetricsFile(folder.metrics, self.step)
+        self._checkpoints.losses.update(self._metrics.valid_losses)
+        self._writers = [self._metrics, *open_writers(config, folder, self.step)]
         for writer in self._writers:
-            writer.close()
+            opened.callback(writer.close)
 
     def _compile(self) -> None:
         config, mesh = self.config, self._mesh
@@ -161,7 +174,7 @@ class Trainer:
         # Ahead of time, so that compiling does not count as training.
         self._train_step = train_step.lower(self.state, batch).compile()
         self._eval_step = jax.jit(make_eval_step(self.model, packed=packed))
-        self._inspect_step = jax.jit(make_inspect_step(self.model, packed=packed))
+        self._inspect_step = jax.jit(make_inspect_step(self.model))
 
     def _after_step(self, batch: Any, metrics: dict[str, jax.Array], progress: Progress) -> None:
         """Logs, evaluates and saves where it is time to."""
@@ -201,11 +214,11 @@ class Trainer:
 
     def _evaluate(self, progress: Progress) -> None:
         # Not more rows at once than a training step has.
-        rows = self._rows // self.config.optimizer.accumulate_steps
+        rows = self.config.train.batch_size // self.config.optimizer.accumulate_steps
         values = evaluate(
             self._eval_step,
             self.state.params,
-            self._open_batches("valid", rows, shuffle=False, repeat=False),
+            self.data.batches("valid", rows, shuffle=False, repeat=False),
             self._mesh,
             bytes_per_token=self.data.bytes_per_token["valid"],
             limit=self.config.train.eval_batches,
@@ -219,11 +232,13 @@ class Trainer:
     def _save(self) -> None:
         if not fingerprint(self.state).finite:
             self._diverged(self.step)
-        self._metrics.sync()
-        self._checkpoints.save(self.state, self._batches)
+        for writer in self._writers:
+            writer.flush()
+        self._checkpoints.save(self.state, self._batches, self.seconds)
 
     def _stop(self, signal: int) -> None:
-        self._require_finite()
+        self._require_finite()  # Which waits for the steps in flight.
+        self._watch.stop()
         self._save()
         self._checkpoints.wait()
         raise TrainingStopped(
@@ -254,12 +269,3 @@ class Trainer:
     def _write(self, split: str, values: Values) -> None:
         for writer in self._writers:
             writer.write(self.step, split, values)
-
-    def _open_batches(self, split: str, rows: int, **options: bool) -> Any:
-        return self.data.batches(
-            split,
-            rows,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            **options,
-        )

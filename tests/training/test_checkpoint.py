@@ -37,7 +37,7 @@ def save_steps(checkpoints, iterator, steps, losses=()):
     for step in steps:
         while iterator.get_state()["next_index"] < step:
             next(iterator)
-        checkpoints.save(make_state(step), iterator)
+        checkpoints.save(make_state(step), iterator, 10.0 * step)
     checkpoints.wait()
 
 
@@ -45,7 +45,8 @@ def test_state_and_position_come_back(open_checkpoints, iterator):
     assert open_checkpoints().restore_newest(make_state(0), iterator) is None
     save_steps(open_checkpoints(), iterator, [3, 7])
     [next(iterator) for _ in range(5)]
-    restored = open_checkpoints().restore_newest(make_state(0), iterator)
+    restored, seconds = open_checkpoints().restore_newest(make_state(0), iterator)
+    assert seconds == 70.0
     for actual, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(make_state(7))):
         assert actual.dtype == expected.dtype
         assert (actual == expected).all()
@@ -95,15 +96,16 @@ def test_the_one_before_a_bad_one_is_used(how, open_checkpoints, iterator, tmp_p
     save_steps(open_checkpoints(), iterator, [3, 7])
     damage(tmp_path / "saved" / "7", how)
     checkpoints = open_checkpoints()
-    restored = checkpoints.restore_newest(make_state(0), iterator)
+    restored, seconds = checkpoints.restore_newest(make_state(0), iterator)
     assert int(restored.step) == 3
+    assert seconds == 30.0
     assert next(iterator) == 3
     assert "saved/7 cannot be used" in caplog.text
     # It makes room, and nothing is lost.
     assert checkpoints.steps == [3]
     assert (tmp_path / "bad_checkpoints" / "7").is_dir()
     save_steps(checkpoints, iterator, [7])
-    assert int(open_checkpoints().restore_newest(make_state(0), iterator).step) == 7
+    assert int(open_checkpoints().restore_newest(make_state(0), iterator)[0].step) == 7
 
 
 def test_none_good_is_an_error(open_checkpoints, iterator, tmp_path):
@@ -135,10 +137,13 @@ def test_a_write_that_was_killed_is_cleaned_up(open_checkpoints, iterator, tmp_p
 def test_find_step(open_checkpoints, iterator, tmp_path):
     save_steps(open_checkpoints(), iterator, [3, 7])
     folder = tmp_path / "saved"
-    assert find_step(folder, None, {}) == 7
+    assert find_step(folder, None, {3: 0.1}) == find_step(folder, "last", {3: 0.1}) == 7
     assert find_step(folder, 3, {}) == 3
     assert find_step(folder, "best", {3: 0.1, 7: 0.2}) == 3
     with pytest.raises(CheckpointError, match="no checkpoint 'best'; it holds 3, 7"):
         find_step(folder, "best", {})
+    for wrong in ("banana", "3", 3.0, True):
+        with pytest.raises(ValueError, match=f"checkpoint is {wrong!r}; it must be a step, 'best'"):
+            find_step(folder, wrong, {3: 0.1, 7: 0.2})
     with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
         find_step(tmp_path / "missing", None, {})

@@ -32,6 +32,7 @@ def test_steps_are_chosen(finished_run, run_copy):
     metrics.append({"step": 10, "split": "valid", "loss": 0.0})
     (run_copy / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
     assert load_run(run_copy, "best").step == 10
+    assert load_run(run_copy, "last").step == 12
     with pytest.raises(CheckpointError, match="holds no checkpoint 3; it holds 10, 12"):
         load_run(run_copy, 3)
 

@@ -1,8 +1,12 @@
 import dataclasses
+import itertools
 import json
 import logging
+import multiprocessing
 import shutil
 import signal
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +145,63 @@ def test_changed_data_is_an_error(config, tmp_path, finished_run, monkeypatch):
         train(config, folder)
 
 
+def test_a_run_can_be_in_another_thread(config, tmp_path, finished_run):
+    thread = threading.Thread(target=train, args=(config, tmp_path))
+    thread.start()
+    thread.join()
+    assert_same_end(tmp_path, finished_run)
+
+
+def test_seconds_go_on_from_the_checkpoint(config, tmp_path, after, monkeypatch):
+    # Each reading of the clock is a second after the one before, and logging is rare.
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
+    config.train.log_every = 12
+    seconds = []
+    after(4, lambda trainer: seconds.append(trainer.seconds) or kill(trainer))
+    with pytest.raises(Killed):
+        train(config, tmp_path)
+    after(12, lambda trainer: seconds.append(trainer.seconds))
+    train(config, tmp_path)
+    # Steps 1, 2 and 4; 6, 8, 10 and 12.
+    assert seconds == [3.0, 7.0]
+
+
+def test_writers_are_flushed_before_a_checkpoint(config, tmp_path, after, monkeypatch):
+    written = []
+
+    class Writer:
+        def write(self, step, split, values):
+            written.append((step, split))
+
+        def flush(self):
+            written.append("flush")
+
+        def close(self):
+            written.append("close")
+
+    monkeypatch.setattr(trainer, "open_writers", lambda *_: [Writer()])
+    after(2, kill)
+    with pytest.raises(Killed):
+        train(config, tmp_path)
+    assert written == [(1, "train"), (2, "train"), "flush", "close"]
+
+
+def test_all_is_closed_though_one_cannot_be(config, tmp_path, after, monkeypatch):
+    opened = []
+    after(1, lambda trainer: opened.append(trainer) or kill(trainer))
+
+    def fail(checkpoints):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(trainer.Checkpoints, "close", fail)
+    config.data.num_workers = 1
+    children = set(multiprocessing.active_children())
+    with pytest.raises(OSError, match="the disk is full"):
+        train(config, tmp_path)
+    assert opened[0]._metrics._file.closed
+    assert set(multiprocessing.active_children()) == children
+
+
 def test_non_finite_loss_stops_the_run(config, tmp_path, after):
     config.train.log_every, config.train.checkpoint_every = 3, 4
     after(4, poison)
@@ -199,6 +260,27 @@ def test_errors_of_the_data_come_in_one_line_and_spare_the_folder(config, tmp_pa
     config.data.train_files = right
     with RunFolder(tmp_path / "run").claimed(config):
         assert RunFolder(tmp_path / "run").read_config().data.train_files == right
+
+
+@pytest.mark.parametrize("kind", [NotImplementedError, ValueError])
+def test_what_cannot_be_compiled_is_one_line_and_spares_the_folder(
+    kind, config, tmp_path, monkeypatch
+):
+    def refuse(*arguments, **options):
+        raise kind("attention cannot\ndo that")
+
+    monkeypatch.setattr(trainer, "make_train_step", lambda *_, **__: refuse)
+    with pytest.raises(SetupError, match=r"^attention cannot do that$"):
+        train(config, tmp_path / "run")
+    config.model.attention.implementation = "xla"
+    with RunFolder(tmp_path / "run").claimed(config):
+        assert RunFolder(tmp_path / "run").read_config().model.attention.implementation == "xla"
+
+
+def test_several_processes_are_an_error(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(SetupError, match=r"jax.process_count\(\) is 2; training runs in one"):
+        train(config, tmp_path)
 
 
 def test_what_is_logged(finished_run, config):
