@@ -35,7 +35,7 @@ def data() -> ConfigDict:
             # For "text": validation files. Empty: the last 5 % of the training documents.
             "valid_files": (),
             # For "text": the string between documents; "" for one document a file. White space
-            # around a document is dropped.
+            # around a document is dropped, and a byte order mark.
             "separator": "<|endoftext|>",
             # For "tinystories" and "tfds:NAME": tfds data directory, and manually fetched files;
             # "" for the defaults of tensorflow-datasets.
@@ -81,7 +81,8 @@ def attention() -> ConfigDict:
             # Exclusive self attention: remove from each output its component along the token's
             # own value.
             "exclusive": False,
-            # Attend to the last `window` tokens (and itself) only; None for all.
+            # Attend to the last `window` tokens (and itself) only; None for all. Less than
+            # data.context_length - 1.
             "window": optional(int),
             # Implementation of the operation; None takes the best available.
             "implementation": optional(str),

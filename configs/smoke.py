@@ -2,6 +2,8 @@
 
 Command:  python -m experiments.train --config=configs/smoke.py
 Hardware: any CPU.
+Time:     20 seconds on 2 cores of an AMD EPYC, most of them to read and compile.
+Expect:   validation loss about 5.08 (7.32 bits per byte).
 """
 
 from configs import base

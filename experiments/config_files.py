@@ -36,7 +36,18 @@ class _OrNone(flags.ArgumentParser):
         return self._parser.flag_type()
 
 
+class _TrueOrFalse(flags.BooleanParser):
+    """As absl's, but its error is a sentence."""
+
+    def parse(self, argument: Any) -> bool:
+        try:
+            return super().parse(argument)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"it must be true or false, not {argument!r}") from error
+
+
 # Keys that may not be None are told apart by `checked`, behind the parser.
+config_flags.register_flag_parser_for_type(bool, _TrueOrFalse())
 config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser()))
 config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser()))
 config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser()))

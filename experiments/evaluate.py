@@ -3,6 +3,8 @@
     python -m experiments.evaluate --run=DIR [--split=valid|train] [--checkpoint=last|best|STEP]
 
 Looks at the whole split, prints a table and writes DIR/evaluation.json.
+
+Exit status: 0, or 2 with one line that says why it could not be done.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ def main(argv: Sequence[str]) -> int:
         help="best is by validation loss during training (default: last)",
     )
     arguments = parser.parse_args(argv[1:])
-    # Behind the command line: these imports take seconds.
-    from rbf_jax.training import evaluate_run
-
     try:
+        # Behind the command line: these imports take seconds.
+        from rbf_jax.training import evaluate_run
+
         result = evaluate_run(arguments.run, arguments.split, arguments.checkpoint)
-    except ValueError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+    except (ValueError, NotImplementedError, OSError, ImportError) as error:
+        print(f"evaluate: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     for name, value in result.items():
         print(f"{name:<16}{value:.4f}" if isinstance(value, float) else f"{name:<16}{value}")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# As in configs/base.py: where only "bpe" has a use for it, to set another is an error.
+DEFAULT_VOCAB_SIZE = 4096
 # More rows than anybody will ever read.
 _FOREVER = 1 << 60
 
@@ -169,6 +171,14 @@ def _validate(config: Any, seed: int) -> None:
         value = getattr(config, key)
         if not isinstance(value, int) or value < least:
             raise ValueError(f"data.{key} is {value!r}; it must be an integer of at least {least}.")
+    if not config.cache_dir:
+        raise ValueError(f"data.cache_dir is {config.cache_dir!r}; it must name a folder.")
+    made_already = config.tokenizer == "bytes" or Path(config.tokenizer).expanduser().is_file()
+    if made_already and config.vocab_size != DEFAULT_VOCAB_SIZE:
+        raise ValueError(
+            f"data.vocab_size is {config.vocab_size}; data.tokenizer={config.tokenizer!r} has no "
+            f"use for it: leave it at its default, {DEFAULT_VOCAB_SIZE}."
+        )
 
 
 def _tokenizer(

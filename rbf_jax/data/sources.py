@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 SPLITS = ("train", "valid")
 SOURCES = ("embedded", "text", "tinystories", "tinystories/original", "tfds:NAME")
-# Keys that some sources use: to set one for another source is an error.
-_KEYS = ("train_files", "valid_files", "tfds_dir", "manual_dir")
+# Keys that some sources use, and their defaults, as in configs/base.py: to set one for another
+# source is an error.
+DEFAULTS = {
+    "train_files": (),
+    "valid_files": (),
+    "separator": "<|endoftext|>",
+    "tfds_dir": "",
+    "manual_dir": "",
+}
 
 
 class Source(Protocol):
@@ -30,6 +38,7 @@ def open_source(config: Any) -> Source:
     Raises:
       ValueError: if there is no such source, if it cannot be read, or if a key is set that it
         does not use.
+      ImportError: if it needs packages that are not installed.
     """
     name = config.source
     if name == "embedded":
@@ -38,10 +47,11 @@ def open_source(config: Any) -> Source:
     if name == "text":
         from rbf_jax.data.text import TextSource
 
-        _refuse_keys(config, used=("train_files", "valid_files"))
+        _refuse_keys(config, used=("train_files", "valid_files", "separator"))
         return TextSource(config.train_files, config.valid_files, config.separator)
     family, _, version = name.partition("/")
     if family == "tinystories" or name.startswith("tfds:"):
+        _require_tfds(name)
         from rbf_jax.data import tfds_source
 
         _refuse_keys(config, used=("tfds_dir", "manual_dir"))
@@ -51,11 +61,22 @@ def open_source(config: Any) -> Source:
     raise ValueError(f"data.source is {name!r}; it must be one of {', '.join(SOURCES)}.")
 
 
+def _require_tfds(name: str) -> None:
+    packages = ("tensorflow_datasets", "array_record", "importlib_resources")
+    if missing := [one for one in packages if importlib.util.find_spec(one) is None]:
+        raise ImportError(
+            f"data.source is {name!r}, but {', '.join(missing)} is not installed: "
+            "pip install 'rbf-jax[tfds]'"
+        )
+
+
 def _refuse_keys(config: Any, used: tuple[str, ...]) -> None:
-    for key in _KEYS:
-        if key not in used and (value := getattr(config, key)):
+    for key, default in DEFAULTS.items():
+        value = getattr(config, key)
+        if key not in used and value != default and (value or default):
             raise ValueError(
-                f"data.{key} is {value!r}; data.source={config.source!r} has no use for it."
+                f"data.{key} is {value!r}; data.source={config.source!r} has no use for it: leave "
+                f"it at its default, {default!r}."
             )
 
 

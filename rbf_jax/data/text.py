@@ -49,7 +49,8 @@ class TextSource:
         valid = _expand("valid_files", valid_files)
         if not train:
             raise ValueError("data.train_files is empty; data.source='text' needs at least one.")
-        if both := sorted(set(train) & set(valid)):
+        resolved = {path.resolve() for path in train}
+        if both := [path for path in valid if path.resolve() in resolved]:
             raise ValueError(f"{both[0]} is in both data.train_files and data.valid_files.")
         self._files = {"train": train, "valid": valid}
         self._separator = separator
@@ -117,12 +118,16 @@ def _decode(path: Path) -> Iterator[str]:
     """Yields the text of a file in blocks."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0
+    at_start = True
     try:
         with _OPEN[path.suffix](path) as file:
             while True:
                 block = file.read(_BLOCK)
                 pending = len(decoder.getstate()[0])
-                yield decoder.decode(block, final=not block)
+                text = decoder.decode(block, final=not block)
+                if at_start and text:
+                    text, at_start = text.removeprefix("\ufeff"), False  # A byte order mark.
+                yield text
                 done += len(block)
                 if not block:
                     return

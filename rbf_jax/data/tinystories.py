@@ -22,6 +22,17 @@ def file_names(version: str) -> dict[str, str]:
     return {"train": f"{stem}-train.txt", "validation": f"{stem}-valid.txt"}
 
 
+def _manual_files(
+    dl_manager: tfds.download.DownloadManager, names: dict[str, str]
+) -> dict[str, Path]:
+    """Returns where the files would be; the default folder is one for all data sets."""
+    try:
+        folder = Path(dl_manager.manual_dir)
+    except AssertionError:  # tfds says so where the folder is not there, or empty.
+        folder = Path(dl_manager.download_dir)
+    return {split: folder / name for split, name in names.items()}
+
+
 class TinyStories(tfds.core.GeneratorBasedBuilder):
     """Short stories in words that small children know, written by large language models."""
 
@@ -48,13 +59,10 @@ class TinyStories(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         names = file_names(self.builder_config.name)
-        try:
-            folder = Path(dl_manager.manual_dir)
-        except AssertionError:  # tfds says so where the folder is not there, or empty.
+        paths = _manual_files(dl_manager, names)
+        if not all(path.is_file() for path in paths.values()):
             urls = {split: f"{_HOME}/resolve/main/{name}" for split, name in names.items()}
             paths = dl_manager.download(urls)
-        else:
-            paths = {split: folder / name for split, name in names.items()}
         return {split: self._generate_examples(Path(path)) for split, path in paths.items()}
 
     def _generate_examples(self, path: Path) -> Iterator[tuple[int, dict[str, str]]]:

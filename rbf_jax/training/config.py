@@ -79,6 +79,12 @@ def validate(config: ConfigDict, num_devices: int) -> None:
             f"optimizer.accumulate_steps × devices = {optimizer.accumulate_steps} × {num_devices}."
         )
     model_config(config, _SMALLEST_VOCABULARY)
+    window, length = config.model.attention.window, config.data.context_length
+    if window is not None and window >= length - 1:
+        raise ValueError(
+            f"model.attention.window is {window}; it must be less than data.context_length - 1 = "
+            f"{length - 1}, or None: from there on it leaves nothing out."
+        )
 
 
 def model_config(config: ConfigDict, vocab_size: int) -> TransformerConfig:

@@ -109,14 +109,14 @@ def require_packages(logging_config: Any) -> None:
       logging_config: the section `logging` of configs/base.py.
     """
     asked = {
-        "tensorboardX": ("logging.tensorboard", logging_config.tensorboard, "false"),
-        "wandb": ("logging.wandb_project", logging_config.wandb_project, ""),
+        "tensorboardX": ("train", "logging.tensorboard", logging_config.tensorboard, "false"),
+        "wandb": ("wandb", "logging.wandb_project", logging_config.wandb_project, ""),
     }
-    for package, (key, value, off) in asked.items():
+    for package, (extra, key, value, off) in asked.items():
         if value and importlib.util.find_spec(package) is None:
             raise ImportError(
-                f"{key} is {value!r}, but {package} is not installed: pip install {package}, "
-                f"or --config.{key}={off}"
+                f"{key} is {value!r}, but {package} is not installed: "
+                f"pip install 'rbf-jax[{extra}]', or --config.{key}={off}"
             )
 
 

@@ -24,10 +24,12 @@ def test_configurations_are_valid(name):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_files_open_with_command_and_hardware(name):
+def test_files_open_with_command_hardware_time_and_result(name):
     text = (CONFIGS / name.split(":")[0]).read_text().partition('"""')[2].partition('"""')[0]
     assert f"--config=configs/{name}" in text
     assert "Hardware:" in text
+    for heading in ("Time:", "Expect:"):
+        assert heading in text or "stories_rbf.py says" in text
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def config(folder: Path, **changes) -> types.SimpleNamespace:
         "tfds_dir": "",
         "manual_dir": "",
         "tokenizer": "bytes",
-        "vocab_size": 300,
+        "vocab_size": 300 if changes.get("tokenizer") == "bpe" else 4096,
         "context_length": 32,
         "layout": "packed",
         "cache_dir": str(folder / "cache"),

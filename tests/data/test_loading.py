@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from rbf_jax.data import load_data, load_tokenizer
+from configs import base
+from rbf_jax.data import load_data, load_tokenizer, loading, sources
 from tests.data.corpus import DOCUMENTS, ROOT, VALID, config, segments
 
 END = 256
@@ -266,6 +267,9 @@ def test_embedded(tmp_path):
         ({"context_length": 0}, r"data.context_length is 0; it must be an integer of at least 1"),
         ({"context_length": 2.5}, r"data.context_length is 2.5; it must be an integer"),
         ({"num_workers": -1}, r"data.num_workers is -1; it must be an integer of at least 0"),
+        ({"vocab_size": 300}, r"data.vocab_size is 300; data.tokenizer='bytes' has no use for it"),
+        ({"vocab_size": 300, "tokenizer": __file__}, r"vocab_size is 300; data.tokenizer='/.*no u"),
+        ({"cache_dir": ""}, r"data.cache_dir is ''; it must name a folder"),
         ({"separator": "##"}, r"data.separator '##' is not in data.train_files"),
         ({"seed": -1}, r"seed is -1; it must be between 0 and"),
         ({"seed": 1 << 32}, r"seed is 4294967296; it must be between 0 and"),
@@ -275,6 +279,20 @@ def test_wrong_values(folder, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         load(folder, **changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["embedded", "tinystories", "tfds:dummy_texts"])
+@pytest.mark.parametrize("separator", ["", "##"])
+def test_a_separator_without_a_use(folder, source, separator):
+    changes = {"source": source, "train_files": (), "valid_files": (), "separator": separator}
+    with pytest.raises(ValueError, match=rf"data.separator is '{separator}'; .*={source!r} has no"):
+        load(folder, **changes)
+
+
+def test_defaults_are_those_of_the_schema():
+    schema = base.data()
+    assert schema.vocab_size == loading.DEFAULT_VOCAB_SIZE
+    assert {key: schema[key] for key in sources.DEFAULTS} == sources.DEFAULTS
 
 
 @pytest.mark.parametrize(

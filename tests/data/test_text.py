@@ -1,3 +1,4 @@
+import codecs
 import gzip
 import lzma
 
@@ -38,6 +39,13 @@ def test_separators_that_overlap(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("xaaaya")
     assert list(text.split_file(path, "aa")) == ["x", "aya"]
+
+
+@pytest.mark.parametrize("block", [1, 5, 1 << 20])
+def test_a_byte_order_mark_is_no_text(plain, monkeypatch, block):
+    monkeypatch.setattr(text, "_BLOCK", block)
+    plain.write_bytes(codecs.BOM_UTF8 + "one|\ufefftwo".encode())
+    assert list(text.split_file(plain, "|")) == ["one", "\ufefftwo"]
 
 
 def test_without_validation_files_the_last_documents_are_held_out(plain):
@@ -137,6 +145,13 @@ def test_wrong_files(plain, train, valid, message):
     folder = plain.parent
     with pytest.raises(ValueError, match=message):
         text.TextSource([f"{folder}/{t}" for t in train], [f"{folder}/{v}" for v in valid], "x")
+
+
+def test_a_link_to_a_training_file_is_no_validation_file(plain):
+    link = plain.with_name("link.txt")
+    link.symlink_to(plain)
+    with pytest.raises(ValueError, match=r"link.txt is in both"):
+        text.TextSource(str(plain), str(link), "x")
 
 
 def test_one_document_cannot_be_divided(tmp_path):

@@ -1,5 +1,6 @@
 """On dummy data, without a network and without TensorFlow."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from rbf_jax.data import tfds_source
-from tests.data.corpus import DOCUMENTS, ROOT, VALID, write
+from rbf_jax.data import sources, tfds_source
+from tests.data.corpus import DOCUMENTS, ROOT, VALID, config, write
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,13 @@ def test_tinystories_from_a_manual_folder(folder, version, last):
     assert again.fingerprint == source.fingerprint
 
 
-def test_tinystories_downloads_what_is_published(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("others", [False, True], ids=["no folder", "another data set's files"])
+def test_tinystories_downloads_what_is_published(others, folder, tmp_path, monkeypatch):
+    if others:
+        # The folder that all data sets share, by default; one of the files is not enough.
+        manual = tmp_path / "downloads" / "manual"
+        manual.mkdir(parents=True)
+        write(manual / "TinyStoriesV2-GPT4-valid.txt", ["another"])
     asked = {}
 
     def download(_, urls):
@@ -66,7 +73,8 @@ def test_no_tensorflow(folder, tmp_path):
         "tmp, manual = sys.argv[1:];"
         "data = load_data(Config(source='tinystories', train_files=(), valid_files=(), "
         "tfds_dir=tmp, manual_dir=manual, tokenizer='bytes', context_length=32, layout='packed', "
-        "num_workers=0, cache_dir=tmp + '/cache'), seed=0);"
+        "num_workers=0, cache_dir=tmp + '/cache', vocab_size=4096, separator='<|endoftext|>'), "
+        "seed=0);"
         "next(iter(data.batches('train', 2, shuffle=True, repeat=True)));"
         "sys.exit(str({'tensorflow', 'torch'} & set(sys.modules)) if {'tensorflow', 'torch'} & "
         "set(sys.modules) else 0)"
@@ -139,6 +147,18 @@ def test_text_that_is_not_utf8(tmp_path):
     source = tfds_source.named("dummy_broken_texts", str(tmp_path), "")
     with pytest.raises(ValueError, match=r"dummy_broken_texts/1.0.0: text 1 is not UTF-8"):
         list(source.documents("train"))
+
+
+def test_missing_packages_are_named(folder, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name == "array_record" else find_spec(name),
+    )
+    changes = {"source": "tinystories", "train_files": (), "valid_files": ()}
+    with pytest.raises(ImportError, match=r"'tinystories', but array_record is not .*\[tfds\]"):
+        sources.open_source(config(folder, **changes))
 
 
 def test_wrong_versions_and_folders(tmp_path):

@@ -83,7 +83,7 @@ def test_files(arguments, files):
         ([SMOKE, "--config.train.steps=None"], "train.steps is None, but must be an int"),
         ([SMOKE, "--config.data.source=None"], "data.source is None, but must be a string"),
         ([SMOKE, "--config.data.train_files=3"], "(3,), but must be a tuple of strings"),
-        ([SMOKE, "--config.model.remat=maybe"], "remat=maybe"),
+        ([SMOKE, "--config.model.remat=maybe"], "remat=maybe: it must be true or false, not 'm"),
         ([SMOKE, "--config.train.steps"], "Missing value for flag --config.train.steps"),
         ([SMOKE, "--rnu=x"], "flag 'rnu'. Did you mean: run ?"),
         ([SMOKE, "left over"], "argument 'left over' is not understood"),

@@ -4,6 +4,7 @@ import shutil
 import pytest
 
 from experiments import evaluate
+from rbf_jax import training
 
 
 @pytest.fixture
@@ -32,6 +33,16 @@ def test_errors_are_one_line(arguments, message, finished, capsys):
     assert error.startswith("evaluate: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", [OSError, ImportError, NotImplementedError])
+def test_what_cannot_be_read_is_one_line(kind, monkeypatch, capsys):
+    def fail(*arguments):
+        raise kind("it is\nnot there")
+
+    monkeypatch.setattr(training, "evaluate_run", fail)
+    assert evaluate.main(["evaluate", "--run=x"]) == 2
+    assert capsys.readouterr().err == "evaluate: it is not there\n"
 
 
 @pytest.mark.parametrize("argument", ["--checkpoint=first", "--split=test", "--rnu=x"])

@@ -32,6 +32,7 @@ def test_the_defaults_are_valid(config):
         ("model.num_heads", 3, "num_heads=3 must divide d_model=256"),
         ("model.attention.kind", "rbg", "did you mean 'rbf'"),
         ("model.attention.window", -1, "attention.window=-1"),
+        ("model.attention.window", 255, "window is 255; .* less than data.context_length - 1 = 2"),
     ],
 )
 def test_wrong_values_are_named(key, value, message, config):
@@ -39,6 +40,11 @@ def test_wrong_values_are_named(key, value, message, config):
     with pytest.raises(ValueError, match=message) as error:
         validate(config, 2)
     assert "\n" not in str(error.value)
+
+
+def test_the_widest_window_that_leaves_something_out_is_valid(config):
+    config.model.attention.window = 254
+    validate(config, 2)
 
 
 def test_no_clipping_is_valid(config):

@@ -125,13 +125,13 @@ def test_weights_and_biases(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("package", "key", "value", "advice"),
+    ("package", "extra", "key", "value", "advice"),
     [
-        ("tensorboardX", "tensorboard", True, "--config.logging.tensorboard=false"),
-        ("wandb", "wandb_project", "stories", "--config.logging.wandb_project="),
+        ("tensorboardX", "train", "tensorboard", True, "--config.logging.tensorboard=false"),
+        ("wandb", "wandb", "wandb_project", "stories", "--config.logging.wandb_project="),
     ],
 )
-def test_missing_packages_are_named(package, key, value, advice, monkeypatch):
+def test_missing_packages_are_named(package, extra, key, value, advice, monkeypatch):
     config = base.get_config().logging
     config.tensorboard = False
     metrics.require_packages(config)
@@ -140,5 +140,5 @@ def test_missing_packages_are_named(package, key, value, advice, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == package else find_spec(name)
     )
-    with pytest.raises(ImportError, match=f"{package} is not installed: pip .*{advice}"):
+    with pytest.raises(ImportError, match=rf"{package} is not installed: .*\[{extra}\].*{advice}"):
         metrics.require_packages(config)
