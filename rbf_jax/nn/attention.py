@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -50,22 +52,27 @@ class Attention(nn.Module):
         query, key = self._place(query, key, angles)
         gamma, key_norm_weight = self._gamma(), self._key_norm_weight()
         slopes = positions.alibi_slopes(config.num_heads) if config.positions == "alibi" else None
+        rules: dict[str, Any] = {
+            "segment_ids": segment_ids,
+            "window": attention.window,
+            "alibi_slopes": slopes,
+        }
 
         out = registers.attend(
             query,
             key,
             value,
             config.num_registers,
-            segment_ids=segment_ids,
-            window=attention.window,
-            alibi_slopes=slopes,
+            **rules,
             origin_sink=attention.origin_sink,
             gamma=gamma,
             key_norm_weight=key_norm_weight,
             implementation=attention.implementation,
         )
         if self.is_mutable_collection("intermediates"):
-            self._sow(query, key, gamma, key_norm_weight, segment_ids, slopes)
+            self._sow_weights(query, key, gamma, key_norm_weight, rules)
+        if collection := inspection.statistics_collection(self):
+            self._sow_statistics(collection, query, key, gamma, key_norm_weight, rules)
         if attention.exclusive:
             out = exclude_own_value(out, value)
         return nn.DenseGeneral(
@@ -112,28 +119,30 @@ class Attention(nn.Module):
         initializer = nn.initializers.constant(weight)
         return self.param("key_norm_weight", initializer, (self.config.num_heads,))
 
-    def _sow(self, query, key, gamma, key_norm_weight, segment_ids, slopes) -> None:
-        """Puts weights, norms and the like into "intermediates"; quadratic in T."""
-        attention, R, N = self.config.attention, self.config.num_registers, self.config.num_heads
-        allowed, bias = inspection.causal_rules(
-            query.shape[1] - R,
-            R,
-            segment_ids=segment_ids,
-            window=attention.window,
-            alibi_slopes=slopes,
-        )
-        logits = bias + inspection.attention_logits(
-            query[:, R:], key, gamma=gamma, key_norm_weight=key_norm_weight
-        )
-        weights = inspection.softmax_with_sink(logits, allowed, origin_sink=attention.origin_sink)
+    def _sow_statistics(self, collection, query, key, gamma, key_norm_weight, rules) -> None:
+        R, N = self.config.num_registers, self.config.num_heads
         for name, value in {
-            "attention_weights": weights,
             "key_norms": jnp.linalg.norm(key.astype(jnp.float32), axis=-1),
-            "logit_max": jnp.max(logits, where=allowed, initial=-jnp.inf),
+            "logit_max": inspection.largest_logit(
+                query[:, R:], key, R, gamma=gamma, key_norm_weight=key_norm_weight, **rules
+            ),
             "gamma": jnp.broadcast_to(jnp.asarray(gamma, jnp.float32), (N,)),
             "key_norm_weight": jnp.broadcast_to(jnp.asarray(key_norm_weight, jnp.float32), (N,)),
         }.items():
-            self.sow("intermediates", name, value)
+            self.sow(collection, name, value)
+
+    def _sow_weights(self, query, key, gamma, key_norm_weight, rules) -> None:
+        """Quadratic in T."""
+        R = self.config.num_registers
+        T = query.shape[1] - R
+        allowed, bias = inspection.causal_rules(jnp.arange(T), T, R, **rules)
+        logits = bias + inspection.attention_logits(
+            query[:, R:], key, gamma=gamma, key_norm_weight=key_norm_weight
+        )
+        weights = inspection.softmax_with_sink(
+            logits, allowed, origin_sink=self.config.attention.origin_sink
+        )
+        self.sow("intermediates", "attention_weights", weights)
 
 
 def exclude_own_value(out: jax.Array, value: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from rbf_jax.nn import losses
 from rbf_jax.nn.attention import Attention
 from rbf_jax.nn.config import TransformerConfig
+from rbf_jax.nn.inspection import statistics_collection
 from rbf_jax.nn.layers import Norm, output_init, weight_init
 from rbf_jax.nn.positions import Sinusoids, sinusoids
 from rbf_jax.nn.registers import Registers
@@ -65,10 +66,11 @@ _remat_block = nn.remat(
 class CausalLM(nn.Module):
     """Predicts the next token at each position.
 
-    With ``mutable=["intermediates"]``, ``apply`` also returns, per attention layer:
-    attention_weights (B, N, T, R+T), registers' columns first; key_norms (B, R+T, K), ‖k‖;
-    logit_max (), the largest logit; gamma (N,); key_norm_weight (N,); and, of the model,
-    register_norm (), if there are registers. All are float32.
+    With ``mutable=["statistics"]``, ``apply`` also returns, per attention layer: key_norms
+    (B, R+T, K), ‖k‖, registers first; logit_max (), the largest logit of text, which is where
+    segment_ids are greater than 0; gamma (N,); key_norm_weight (N,); and, of the model,
+    register_norm (), if there are registers. With ``mutable=["intermediates"]`` it returns these
+    and, per layer, attention_weights (B, N, T, R+T), quadratic in T. All are float32.
 
     Attributes:
       config: sizes and choices.
@@ -111,6 +113,7 @@ class CausalLM(nn.Module):
             "susie", "rope" and "learned"; ALiBi and windows count tokens along the row, which
             within a document comes to the same.
           segment_ids: int32 (B, T); tokens attend to their own segment only. None: all is one.
+            0 is padding: a segment like the others, but for what is sown.
 
         Returns:
           (B, T, V) float32.
@@ -169,8 +172,9 @@ class CausalLM(nn.Module):
             angles = sinusoids(positions, config.head_dim)
         if config.num_registers:
             x = self.registers(x)
-            register_norm = jnp.linalg.norm(self.registers.embedding)
-            self.sow("intermediates", "register_norm", register_norm)
+            if collection := statistics_collection(self):
+                register_norm = jnp.linalg.norm(self.registers.embedding)
+                self.sow(collection, "register_norm", register_norm)
         for block in self.block:
             x = block(x, angles, segment_ids)
         return self.final_norm(x[:, config.num_registers :])

@@ -123,15 +123,13 @@ def make_eval_step(
     return eval_step
 
 
-def make_inspect_step(
-    model: CausalLM, *, rows: int = 2, packed: bool = True
-) -> Callable[[Any, Batch], Metrics]:
+def make_inspect_step(model: CausalLM, *, rows: int = 2) -> Callable[[Any, Batch], Metrics]:
     """Returns the function (params, batch) → what attention does in the batch's first rows.
 
     float32: "logit_max" (), "key_norm_mean" and "key_norm_max" () of text tokens' keys ‖k‖ over
     all layers, "register_norm" () if there are registers, and per layer "gamma/LAYER" and
-    "key_norm_weight/LAYER" (N,). It is a forward pass of its own, so that a step that does not
-    log pays nothing; it may be quadratic in T, so it looks at few rows.
+    "key_norm_weight/LAYER" (N,). Padding does not count. It is a forward pass of its own, so that
+    a step that does not log pays nothing, and one that does needs no more memory than it trains in.
     """
     num_registers = model.config.num_registers
 
@@ -140,10 +138,11 @@ def make_inspect_step(
         _, variables = model.apply(
             {"params": params},
             batch["inputs"],
-            **model_inputs(batch, packed=packed),
-            mutable=["intermediates"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],  # They tell text from padding, packed or not.
+            mutable=["statistics"],
         )
-        sown = variables["intermediates"]
+        sown = variables["statistics"]
         layers = [sown[f"block_{i}"]["attention"] for i in range(model.config.num_layers)]
         norms = jnp.stack([layer["key_norms"][0][:, num_registers:] for layer in layers])
         is_text = jnp.broadcast_to(batch["segment_ids"][None, ..., None] > 0, norms.shape)

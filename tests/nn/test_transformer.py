@@ -151,25 +151,32 @@ def test_remat_recomputes_blocks_but_not_attention():
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_intermediates_are_sown_under_their_layers(remat):
+def test_what_is_sown_lies_under_its_layer(remat):
     model, variables = small_model(
         {"learn_gamma": True, "learn_key_norm_weight": True}, remat=remat
     )
     tokens = jnp.zeros((3, LENGTH), jnp.int32)
-    apply = lambda v: model.apply(v, tokens, mutable=["intermediates"])  # noqa: E731
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype.name), jax.eval_shape(apply, variables)[1])
+
+    def shapes(collection):
+        apply = lambda v: model.apply(v, tokens, mutable=[collection])  # noqa: E731
+        _, sown = jax.eval_shape(apply, variables)
+        return jax.tree.map(lambda x: (x.shape, x.dtype.name), sown)
+
     layer = {
-        "attention_weights": (((3, 4, LENGTH, 2 + LENGTH), "float32"),),
         "key_norms": (((3, 2 + LENGTH, 2), "float32"),),
         "logit_max": (((), "float32"),),
         "gamma": (((4,), "float32"),),
         "key_norm_weight": (((4,), "float32"),),
     }
-    assert shapes["intermediates"] == {
-        "block_0": {"attention": layer},
-        "block_1": {"attention": layer},
-        "register_norm": (((), "float32"),),
-    }
+    weights = {"attention_weights": (((3, 4, LENGTH, 2 + LENGTH), "float32"),)}
+    for collection, expected in (("statistics", layer), ("intermediates", layer | weights)):
+        assert shapes(collection) == {
+            collection: {
+                "block_0": {"attention": expected},
+                "block_1": {"attention": expected},
+                "register_norm": (((), "float32"),),
+            }
+        }
     assert set(jax.eval_shape(model.init, jax.random.key(0), tokens)) == {"params"}
 
 

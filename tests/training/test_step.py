@@ -138,3 +138,29 @@ def test_inspection(model, params, batch):
     np.testing.assert_allclose(metrics["gamma/0"], [8**-0.5] * 2, rtol=1e-6)
     np.testing.assert_allclose(metrics["key_norm_weight/0"], [1.0, 1.0])
     assert metrics["register_norm"] == 0
+
+
+def test_padding_is_not_inspected(model, params, batch):
+    # One document a row, as the layout "padded" makes them.
+    rows = {name: array[2:] for name, array in batch.items()}
+    inspect_step = jax.jit(make_inspect_step(model))
+    # As they are, registers have the largest logit.
+    params = jax.tree.map(lambda p: 20 * p, params)
+    is_padding = rows["segment_ids"] == 0
+    results = [
+        inspect_step(params, {**rows, "inputs": np.where(is_padding, token, 1)})
+        for token in range(0, 32, 4)
+    ]
+    for result in results:
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), result, results[0])
+
+
+def test_inspection_takes_memory_in_proportion_to_the_context(model, params):
+    inspect_step = jax.jit(make_inspect_step(model))
+
+    def temporary_bytes(length):
+        names = ("inputs", "targets", "positions", "segment_ids", "loss_mask")
+        batch = {name: jax.ShapeDtypeStruct((2, length), jnp.int32) for name in names}
+        return inspect_step.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(4096) < 2.3 * temporary_bytes(2048)
