@@ -12,8 +12,9 @@ Time:     not measured at full length.
 Expect:   not measured at full length.
 
 Unlike the original, the vocabulary is not GPT-2's 50,257 but a BPE of 8,192 tokens made from the
-training text; with a file of the other, give --config.data.tokenizer=PATH/tokenizer.json. And
-embeddings are tied: the original's 29 M parameters had a head of its own, for which give
+training text; with a file of the other, give --config.data.tokenizer=PATH/tokenizer.json
+--config.data.vocab_size=4096, the default, which a file makes no use of. And embeddings are tied:
+the original's 29 M parameters had a head of its own, for which give
 --config.model.tie_embeddings=false.
 """
 

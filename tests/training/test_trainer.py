@@ -21,7 +21,7 @@ from rbf_jax.training import (
     trainer,
 )
 from rbf_jax.training.run_folder import RunFolder
-from tests.training.tiny import without_timing
+from tests.training.tiny import state_digests, without_timing
 
 
 class Killed(Exception):
@@ -69,6 +69,8 @@ def assert_same_end(folder, finished_run):
     assert actual.step == expected.step
     equal = jax.tree.map(lambda a, b: bool((a == b).all()), expected.variables, actual.variables)
     assert jax.tree.all(equal), equal
+    digests = [state_digests(run, actual.step) for run in (folder, finished_run)]
+    assert digests[0] == digests[1]
 
 
 def test_train_save_restore_train_equals_a_run_never_stopped(config, tmp_path, after, finished_run):

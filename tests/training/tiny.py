@@ -40,6 +40,12 @@ def tiny_config(folder: Path) -> ConfigDict:
     return config
 
 
+def state_digests(run: Path, step: int) -> tuple[int, int]:
+    """Returns the digests, kept in a checkpoint, of the parameters and of the rest of the state."""
+    about = json.loads((run / "checkpoints" / str(step) / "about" / "metadata").read_text())
+    return about["params"], about["rest"]
+
+
 def without_timing(path: Path) -> list[dict]:
     """Returns the lines of metrics.jsonl, timing left out."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
