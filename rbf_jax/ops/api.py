@@ -104,7 +104,8 @@ def rbf_attention(
     Computed as softmax_j(2γ q_i·k_j − λγ‖k_j‖²) v_j: softmax ignores −γ‖q_i‖², the same for all j.
     λ = 1 is RBF attention; λ = 0 is dot-product attention with scale 2γ.
     Names, layout and masking conventions are those of :func:`jax.nn.dot_product_attention`.
-    Works under jit, grad, vmap, remat and shard_map. Forward-mode derivatives (jvp) and reverse
+    Works under jit, grad, vmap, remat and shard_map, with batch or heads sharded (by a mesh of
+    explicit axes: the batch). Forward-mode derivatives (jvp) and reverse
     mode twice (grad of grad) need ``implementation="reference"``: the others define a custom_vjp
     and raise there; forward over reverse (jvp of grad, a Hessian-vector product) works with "xla"
     too. jax.export takes "xla" (with constant lengths) and "reference"; the custom call of "cudnn"

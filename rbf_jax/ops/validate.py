@@ -164,7 +164,8 @@ def _require_known(name: str, value, dtype, requirement: str, test) -> None:
         return
     try:
         # Booleans and complex numbers are refused by `_per_head`, later.
-        known = np.real(np.asarray(value)).astype(dtype)
+        with np.errstate(over="ignore"):  # what overflows is inf, and is refused below
+            known = np.real(np.asarray(value)).astype(dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}={value!r} must be numbers, {requirement}.") from error
     if not np.all(test(known)):

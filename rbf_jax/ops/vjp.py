@@ -126,12 +126,13 @@ def _input_gradients(inputs: Inputs, gradients: DotGradients) -> Inputs:
     gamma, key_norm_weight = inputs.gamma, inputs.key_norm_weight
     K = key.shape[2]
 
-    columns = gradients.column_sums * (2 * gamma * key_norm_weight)[None, None, :]
-    columns = columns.reshape(*columns.shape[:2], K, -1).sum(axis=-1)  # B S K
-    key_gradient = gradients.key - columns[..., None] * key
+    column_sums = gradients.column_sums.reshape(*key.shape[:3], -1)  # B S K G
+    norm_weight = (2 * gamma * key_norm_weight).reshape(1, 1, K, -1)
+    norm_part = jnp.sum(column_sums * norm_weight, axis=-1, keepdims=True) * key
+    key_gradient = gradients.key - norm_part
 
-    key_norms = jnp.repeat(jnp.sum(key * key, axis=-1), query.shape[2] // K, axis=2)  # B S N
-    norm_moment = jnp.sum(gradients.column_sums * key_norms, axis=(0, 1))  # N
+    key_norms = jnp.sum(key * key, axis=-1, keepdims=True)  # B S K 1
+    norm_moment = jnp.sum(column_sums * key_norms, axis=(0, 1)).reshape(gamma.shape)  # N
     query_moment = jnp.sum(query * gradients.query, axis=(0, 1, 3))  # N
     return Inputs(
         query=gradients.query.astype(inputs.query.dtype),

@@ -25,6 +25,8 @@ class Case:
     H: int = 16
     norm: float = 1.0  # standard deviation of the coordinates of queries and keys
     offset: float = 0.0  # added to the keys' first coordinate
+    gamma: float | None = None  # 1/√H where None
+    cotangent: float = 1.0  # standard deviation of the output's cotangent
     per_head: bool = False  # γ and λ as arrays, one number per head
     per_head_weight: bool = False  # λ only
     features: frozenset[str] = frozenset()
@@ -40,12 +42,13 @@ class Case:
         key = key.at[..., 0].add(self.offset)
         value, dout = make(keys[2], B, S, K, H), make(keys[3], B, T, N, H)
         parameter = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-        gamma: Any = parameter.type(1 / np.sqrt(H))
+        dout = self.cotangent * dout
+        gamma: Any = parameter.type(1 / np.sqrt(H) if self.gamma is None else self.gamma)
         key_norm_weight: Any = parameter.type(1)
         if self.per_head:
             gamma = np.linspace(0.5, 1.5, N, dtype=parameter) / parameter.type(np.sqrt(H))
         if self.per_head or self.per_head_weight:
-            key_norm_weight = np.linspace(0, 1, N, dtype=parameter)
+            key_norm_weight = np.linspace(-0.2, 1, N, dtype=parameter)
         dlogsumexp = make(keys[4], B, T, N)
         cast = [x.astype(dtype) for x in (query, key, value)]
         return *cast, gamma, key_norm_weight, dout.astype(dtype), dlogsumexp
@@ -166,6 +169,8 @@ CASES = [
     case("far_keys_causal", offset=60.0, is_causal=True, T=300, S=300),
     case("huge_norms", norm=1e4 / 4),  # ‖k‖ ≈ 1e4 at H = 16
     case("small_norms", norm=1e-4),
+    case("small_norms_large_gamma", norm=0.25, gamma=10.0),
+    case("large_cotangent", cotangent=300.0),
     case("equal_keys", norm=0.0, offset=1.0),
 ]
 BY_NAME = {c.name: c for c in CASES}
@@ -183,5 +188,7 @@ IN_16_BITS = frozenset(
         "everything",
         "far_keys",
         "huge_norms",
+        "small_norms_large_gamma",
+        "large_cotangent",
     }
 )

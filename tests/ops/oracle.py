@@ -110,17 +110,18 @@ def _formula(dtype, rounded, query, key, value, gamma, key_norm_weight, dout, dl
         r(-(ds * r(g * norms)).sum((0, 2, 3))),
     )
 
-    # The same sums over absolute values. An error of the logits moves the weights, so everything
-    # feels it: hence the factor `sensitivity`.
+    # The same sums over absolute values. Errors of the logits l move the weights too: to first
+    # order by p_j (e_j − Σ_i p_i e_i), which is nothing where one weight is all.
     abs_products = np.abs(q) @ np.abs(kT)
     abs_logits = 2 * g * abs_products + np.abs(lam) * g * norms - bias
-    sensitivity = (p * abs_logits).sum(-1, keepdims=True)
+    mean_logit = (p * abs_logits).sum(-1, keepdims=True)
+    abs_p = p * (1 + abs_logits * (1 - p) + np.maximum(mean_logit - p * abs_logits, 0))
     abs_dp = np.abs(do) @ np.abs(vT)
-    abs_ds = p * (abs_dp + (p * abs_dp).sum(-1, keepdims=True) + np.abs(dl)) * (1 + sensitivity)
-    abs_p, abs_dsT = p * (1 + sensitivity), abs_ds.swapaxes(-1, -2)
+    abs_ds = abs_p * (abs_dp + np.abs(dl)) + p * (abs_p * abs_dp).sum(-1, keepdims=True)
+    abs_dsT = abs_ds.swapaxes(-1, -2)
     scales = (
         abs_p @ np.abs(v),
-        sensitivity + np.abs(np.where(total == 0, 0, lse)),
+        mean_logit + np.abs(np.where(total == 0, 0, lse)),
         2 * g * (abs_ds @ np.abs(k)),
         2 * g * (abs_dsT @ np.abs(q) + np.abs(lam) * abs_ds.sum(-2)[..., None] * np.abs(k)),
         abs_p.swapaxes(-1, -2) @ np.abs(do),

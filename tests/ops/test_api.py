@@ -21,7 +21,10 @@ K = jnp.ones((2, 5, 2, 8))
         ({"key": K[0]}, r"key has shape \(5, 2, 8\).* 4-D"),
         ({"key": K.astype(jnp.bfloat16)}, r"key has dtype bfloat16.*query's dtype float32"),
         ({"query": jnp.ones((2, 6, 4, 8), int)}, r"query has dtype int.*must be one of"),
-        ({"key": jnp.ones((3, 5, 2, 8))}, r"key has shape \(3, 5, 2, 8\).*B = 2 and H = 8"),
+        (
+            {"key": jnp.ones((3, 5, 2, 8))},
+            r"key has shape \(3, 5, 2, 8\).*query's shape \(2, 6, 4, 8\)",
+        ),
         ({"value": K[:, :4]}, r"value has shape \(2, 4, 2, 8\).*key's shape"),
         ({"query": Q[:, :, :3]}, r"query has 3 heads and key 2"),
         ({"query": Q[:, :0]}, r"query has shape \(2, 0, 4, 8\).*no axis may be empty"),
@@ -31,7 +34,15 @@ K = jnp.ones((2, 5, 2, 8))
         ({"gamma": 0.0}, r"gamma=0.0 must be finite and greater than 0"),
         ({"gamma": float("nan")}, r"gamma=nan must be finite"),
         ({"gamma": np.ones(3)}, r"gamma has shape \(3,\).*\(N,\) = \(4,\)"),
-        ({"gamma": "large"}, r"gamma='large' must be numeric"),
+        ({"gamma": "large"}, r"gamma='large' must be numbers, finite and greater than 0"),
+        ({"gamma": jnp.float32(-1)}, r"gamma=-1.0 must be finite and greater than 0"),
+        ({"gamma": 1e39}, r"gamma=1e\+39 must be finite and greater than 0 in float32"),
+        ({"gamma": True}, r"gamma has dtype bool"),
+        ({"alibi_slopes": jnp.ones(4, jnp.complex64)}, r"alibi_slopes has dtype complex64"),
+        ({"query": None}, r"query is NoneType None, but must be an array"),
+        ({"mask": "none"}, r"mask is str 'none', but must be an array"),
+        ({"query_seq_lengths": "ab"}, r"query_seq_lengths is str 'ab', but must be an array"),
+        ({"implementation": ["xla"]}, r"implementation=\['xla'\] must be None or one of"),
         ({"key_norm_weight": float("inf")}, r"key_norm_weight=inf must be finite"),
         ({"key_norm_weight": jnp.ones(2)}, r"key_norm_weight has shape \(2,\)"),
         ({"is_causal": "yes"}, r"is_causal='yes' must be a Python bool"),
@@ -110,14 +121,34 @@ def test_default_follows_the_platform_that_compiles(monkeypatch):
     np.testing.assert_array_equal(f(q, k), jnp.ones_like(q))  # equal values: their mean is 1
 
 
-def test_choice_is_logged_once(caplog):
+def test_choice_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr("rbf_jax.ops.cudnn._has_nvidia_gpu", lambda: True)
     api._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="rbf_jax"):
         rbf_attention(Q, K, K)
         rbf_attention(Q, K, K)
     assert [record.getMessage() for record in caplog.records] == [
-        "rbf_attention: implementation=None takes 'xla' on this machine."
+        "rbf_attention: implementation=None takes 'xla', since 'cudnn' supports bfloat16 and "
+        "float16, not float32."
     ]
+
+
+def test_unbatched_shapes_are_named_as_they_were_passed():
+    with pytest.raises(ValueError, match=r"key has shape \(5, 2, 4\).*query's shape \(6, 4, 8\)"):
+        rbf_attention(Q[0], K[0, ..., :4], K[0, ..., :4])
+
+
+def test_integers_beyond_32_bits():
+    """Under x64, lengths are cut to the sequence and segments are compared as they are."""
+    with jax.enable_x64(True):
+        lengths = jnp.array([2**32 + 1, -(2**32)])
+        got = rbf_attention(Q, K, K, key_value_seq_lengths=lengths)
+        np.testing.assert_array_equal(got[0], jnp.ones_like(Q[0]))
+        np.testing.assert_array_equal(got[1], jnp.zeros_like(Q[1]))
+        ids = {"query_segment_ids": jnp.zeros((2, 6), int)}
+        other = jnp.full((2, 5), 2**32)
+        got = rbf_attention(Q, K, K, **ids, key_value_segment_ids=other)
+        np.testing.assert_array_equal(got, jnp.zeros_like(Q))
 
 
 def test_shapes_without_computing():

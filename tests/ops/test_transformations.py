@@ -101,6 +101,71 @@ def test_forward_mode_on_xla_is_refused_by_jax(arrays):
         jax.jvp(lambda q: xla(q, k, v), (q,), (dq,))
 
 
+def test_reverse_mode_twice_on_xla_is_refused_by_jax(arrays):
+    q, k, v, _ = (x[:1] for x in arrays)
+
+    def norm_of_gradient(attend):
+        gradient = jax.grad(lambda q: jnp.sum(jnp.sin(attend(q, k, v))))
+        return jax.grad(lambda q: jnp.sum(gradient(q) ** 2))(q)
+
+    assert jnp.isfinite(norm_of_gradient(reference)).all()
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        norm_of_gradient(xla)
+
+
+@pytest.mark.parametrize("attend", [reference, xla])
+def test_gradient_of_the_logsumexp_of_masked_rows(arrays, attend):
+    """A z-loss over the rows that attend to something: what the others give is not NaN but 0."""
+    q, k, v, _ = (x[:1] for x in arrays)
+    lengths = jnp.array([15])
+
+    def z_loss(q, k):
+        options = {"query_seq_lengths": lengths, "return_residual": True}
+        _, logsumexp = attend(q, k, v, **options)
+        return jnp.sum(jnp.where(jnp.isneginf(logsumexp), 0, logsumexp**2))
+
+    dq, dk = jax.grad(z_loss, (0, 1))(q, k)
+    assert jnp.isfinite(dk).all()
+    np.testing.assert_array_equal(dq[:, 15:], jnp.zeros_like(dq[:, 15:]))
+    assert (dq[:, :15] != 0).any()
+
+
+def test_eager_calls_compile_once(arrays):
+    q, k, v, dout = arrays
+
+    def both(gamma):
+        return jax.vjp(lambda q: xla(q, k, v, gamma=gamma), q)[1](dout)
+
+    both(0.3)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled = []
+        patch.setattr("logging.Logger.warning", lambda self, *args: compiled.append(args))
+        both(0.4)
+    loops = [args for args in compiled if "in_blocks" in str(args)]
+    assert not loops
+
+
+@pytest.mark.parametrize("attend", [reference, xla])
+def test_strict_rank_promotion(arrays, attend):
+    q, k, v, _ = arrays
+    with jax.numpy_rank_promotion("raise"):
+        out = attend(
+            q,
+            k,
+            v,
+            is_causal=True,
+            local_window_size=3,
+            mask=jnp.ones((20, 20), bool),
+            query_seq_lengths=jnp.array([3, 4, 5, 20]),
+            key_value_seq_lengths=jnp.array([3, 4, 5, 20]),
+            query_segment_ids=jnp.ones((4, 20), int),
+            key_value_segment_ids=jnp.ones((4, 20), int),
+            alibi_slopes=jnp.ones(2),
+            origin_sink=True,
+        )
+    assert jnp.isfinite(out).all()
+
+
 def test_hessian_vector_product(arrays, small_blocks):
     """Forward over reverse works on both: the backward pass is plain JAX."""
     q, k, v, direction = (x[:1] for x in arrays)
@@ -151,6 +216,48 @@ def test_sharded_inputs(arrays, mesh, spec):
     assert_close(jax.jit(f)(*sharded), want)
     mapped = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
     assert_close(jax.jit(mapped)(*sharded), want)
+
+
+def test_shard_map_with_replicated_parameters(arrays, mesh):
+    """γ is the same on all devices: its gradient is summed over them, by shard_map's own rules."""
+    q, k, v, dout = (jax.device_put(x, mesh.devices[0]) for x in arrays)
+    gamma, lengths = jnp.array([0.2, 0.4]), jnp.array([20, 3, 0, 11])
+
+    def loss(q, k, v, gamma, dout, lengths):
+        return jnp.sum(xla(q, k, v, gamma=gamma, key_value_seq_lengths=lengths) * dout)
+
+    def summed(*arrays):
+        return jax.lax.psum(loss(*arrays), "devices")
+
+    batch = P("devices")
+    specs = batch, batch, batch, P(), batch, batch
+    mapped = jax.shard_map(summed, mesh=mesh, in_specs=specs, out_specs=P())
+    arguments = q, k, v, gamma, dout, lengths
+    sharded = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(arguments, specs, strict=True)
+    ]
+    arguments = [jax.device_put(x, mesh.devices[0]) for x in arguments]
+    got = jax.jit(jax.grad(mapped, (0, 1, 2, 3)))(*sharded)
+    assert_close(got, jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*arguments))
+
+
+def test_explicit_sharding_of_the_batch(arrays):
+    spec = P("devices")
+    mesh = jax.make_mesh(
+        (2,), ("devices",), (jax.sharding.AxisType.Explicit,), devices=jax.devices("cpu")[:2]
+    )
+    q, k, v, dout = (jax.device_put(x, mesh.devices[0]) for x in arrays)
+
+    def f(q, k, v, dout):
+        out, vjp = jax.vjp(lambda q, k, v: xla(q, k, v, is_causal=True), q, k, v)
+        return out, vjp(dout)
+
+    want = jax.jit(f)(q, k, v, dout)
+    with jax.set_mesh(mesh):
+        got = jax.jit(f)(*(jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays))
+    assert jax.typeof(got[0]).sharding.spec[0] == spec[0]
+    assert_close(jax.device_get(got), jax.device_get(want))
 
 
 def test_memory_is_linear_in_length():
