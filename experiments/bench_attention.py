@@ -1,6 +1,7 @@
 """Time and memory of attention, forward and forward + backward, beside jax.nn's dot product.
 
     python -m experiments.bench_attention [--lengths=512,1024,…] [--out=FILE.json]
+    python -m experiments.bench_attention --dtype=bfloat16     (on an NVIDIA GPU: cuDNN against cuDNN)
 
 FILE.md, written beside FILE.json, is the short table of forward + backward that the README shows.
 
@@ -31,7 +32,6 @@ from rich.table import Table
 
 from rbf_jax import environment, rbf_attention
 
-BASELINE = "dot, jax.nn xla"
 PASSES = {"forward": "fwd", "forward+backward": "fwd+bwd"}
 
 
@@ -46,16 +46,20 @@ class Result:
     temporary_bytes: int
 
 
-def implementations(is_causal: bool) -> dict[str, Callable]:
-    """What is measured; the baseline first."""
+def implementations(is_causal: bool, dtype: jnp.dtype) -> dict[str, Callable]:
+    """What is measured: first the dot product that is the baseline, then RBF at its best here."""
+    dot = functools.partial(jax.nn.dot_product_attention, is_causal=is_causal)
+    rbf = functools.partial(rbf_attention, is_causal=is_causal)
+    if jax.default_backend() == "gpu" and dtype.itemsize == 2:
+        return {
+            "dot, jax.nn cudnn": functools.partial(dot, implementation="cudnn"),
+            "rbf cudnn": functools.partial(rbf, implementation="cudnn"),
+            "rbf xla": functools.partial(rbf, implementation="xla"),
+        }
     return {
-        BASELINE: functools.partial(
-            jax.nn.dot_product_attention, is_causal=is_causal, implementation="xla"
-        ),
-        "rbf xla": functools.partial(rbf_attention, is_causal=is_causal, implementation="xla"),
-        "rbf reference": functools.partial(
-            rbf_attention, is_causal=is_causal, implementation="reference"
-        ),
+        "dot, jax.nn xla": functools.partial(dot, implementation="xla"),
+        "rbf xla": functools.partial(rbf, implementation="xla"),
+        "rbf reference": functools.partial(rbf, implementation="reference"),
     }
 
 
@@ -75,7 +79,7 @@ def measure(length: int, options: argparse.Namespace) -> list[Result]:
     keys = jax.random.split(jax.random.key(0), 4)
     arrays = [jax.random.normal(key, shape, options.dtype) for key in keys]
     programs = {}
-    for name, attend in implementations(options.causal).items():
+    for name, attend in implementations(options.causal, options.dtype).items():
         for direction in PASSES:
             backward = direction == "forward+backward"
             function = forward_and_backward(attend) if backward else attend
@@ -114,6 +118,7 @@ def _temporary_bytes(program: jax.stages.Compiled) -> int:
 def table(results: Sequence[Result], title: str) -> Table:
     """A row per length and implementation, with ratios to the baseline of the same length."""
     by_cell = {(r.implementation, r.length, r.direction): r for r in results}
+    first = results[0].implementation
     grid = Table(title=title)
     grid.add_column("T", justify="right")
     grid.add_column("implementation", no_wrap=True)
@@ -128,7 +133,7 @@ def table(results: Sequence[Result], title: str) -> Table:
         cells = []
         for direction in PASSES:
             result = by_cell[name, length, direction]
-            baseline = by_cell[BASELINE, length, direction].milliseconds
+            baseline = by_cell[first, length, direction].milliseconds
             ours = result.milliseconds
             cells.append("-" if ours is None else f"{ours:.1f}")
             cells.append("" if ours is None or baseline is None else f"{ours / baseline:.2f}")
@@ -138,14 +143,15 @@ def table(results: Sequence[Result], title: str) -> Table:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The short table: forward + backward, the baseline and "rbf xla"."""
+    """The short table: forward + backward, the baseline and the first RBF implementation."""
+    baseline, ours = list(dict.fromkeys(r.implementation for r in results))[:2]
     cells = {(r.implementation, r.length): r for r in results if r.direction == "forward+backward"}
     lines = [
         "| T = S | dot product, ms | RBF, ms | ratio | dot product, MiB | RBF, MiB |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
     for length in dict.fromkeys(r.length for r in results):
-        dot, rbf = cells[BASELINE, length], cells["rbf xla", length]
+        dot, rbf = cells[baseline, length], cells[ours, length]
         times = [r.milliseconds for r in (dot, rbf)]
         texts = ["not run" if time is None else f"{time:,.0f}" for time in times]
         ratio = ""
@@ -161,9 +167,6 @@ def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     results: list[Result] = []
     console = Console()
-    for length in track(options.lengths, description="lengths", console=console):
-        results += measure(length, options)
-    about = environment.describe()
     settings = {
         "batch": options.batch,
         "heads": options.heads,
@@ -172,19 +175,21 @@ def main(argv: Sequence[str]) -> int:
         "causal": options.causal,
         "rounds": options.rounds,
     }
-    described = ", ".join(f"{name} {value}" for name, value in settings.items())
-    console.print(table(results, f"{described}\n{about['device']}, {about['date']}"))
-    if options.out:
-        content = {
-            "command": "python -m experiments.bench_attention " + " ".join(argv[1:]),
-            **about,
-            **settings,
-            "results": [dataclasses.asdict(result) for result in results],
-        }
-        out = Path(options.out)
+    about = {
+        "command": "python -m experiments.bench_attention " + " ".join(argv[1:]),
+        **environment.describe(),
+        **settings,
+    }
+    out = Path(options.out)
+    for length in track(options.lengths, description="lengths", console=console):
+        results += measure(length, options)
+        # After each length: a later one may run out of memory.
+        content = {**about, "results": [dataclasses.asdict(result) for result in results]}
         _write(out, json.dumps(content, indent=1) + "\n")
         _write(out.with_suffix(".md"), markdown(results))
-        console.print(f"written to {out} and {out.with_suffix('.md').name} beside it")
+    described = ", ".join(f"{name} {value}" for name, value in settings.items())
+    console.print(table(results, f"{described}\n{about['device']}, {about['date']}"))
+    console.print(f"written to {out} and {out.with_suffix('.md').name} beside it")
     return 0
 
 
@@ -213,12 +218,30 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument(
-        "--memory_limit", type=float, default=6.0, help="GiB of temporaries (default: %(default)s)"
+        "--memory_limit",
+        type=_gibibytes,
+        default=6.0,
+        help="GiB of temporaries (default: %(default)s)",
     )
-    parser.add_argument("--out", type=_json_file, default="", help="JSON file to write")
+    parser.add_argument(
+        "--out",
+        type=_json_file,
+        default="runs/bench_attention.json",
+        help="JSON file to write (default: %(default)s)",
+    )
     options = parser.parse_args(argv[1:])
     options.dtype = jnp.dtype(options.dtype)
     return options
+
+
+def _gibibytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of GiB, 0 or more")
+    return value
 
 
 def _json_file(text: str) -> str:
