@@ -1,7 +1,7 @@
 """Time and memory of attention, forward and forward + backward, beside jax.nn's dot product.
 
     python -m experiments.bench_attention [--lengths=512,1024,…] [--out=FILE.json]
-    python -m experiments.bench_attention --dtype=bfloat16     (on an NVIDIA GPU: cuDNN against cuDNN)
+    python -m experiments.bench_attention --dtype=bfloat16        on an NVIDIA GPU: through cuDNN
 
 FILE.md, written beside FILE.json, is the short table of forward + backward that the README shows.
 

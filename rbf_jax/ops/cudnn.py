@@ -8,6 +8,9 @@ follow where H is one.
 cuDNN applies the scale 2γ as one number known when compiling, so γ must be such a number. Its
 backward pass wants even lengths: an odd one gets one more query, whose output is dropped, or one
 more key, so far away that its weight is 0.
+
+Not as exact as the others at huge norms: where logits reach 10⁷, that is ‖k‖ about 10⁴, cuDNN's
+backward pass gives wrong gradients of v (docs/implementations.md).
 """
 
 from __future__ import annotations
