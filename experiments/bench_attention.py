@@ -153,7 +153,10 @@ def markdown(results: Sequence[Result]) -> str:
     for length in dict.fromkeys(r.length for r in results):
         dot, rbf = cells[baseline, length], cells[ours, length]
         times = [r.milliseconds for r in (dot, rbf)]
-        texts = ["not run" if time is None else f"{time:,.0f}" for time in times]
+        texts = [
+            "not run" if time is None else f"{time:,.0f}" if time >= 10 else f"{time:.2g}"
+            for time in times
+        ]
         ratio = ""
         if dot.milliseconds is not None and rbf.milliseconds is not None:
             ratio = f"{rbf.milliseconds / dot.milliseconds:.2f}"

@@ -9,10 +9,14 @@ HEAD = """\
 # What each implementation supports
 
 Written by `python -m tests.ops.support > docs/implementations.md` from the cases that the contract
-suite ([`tests/ops`](../tests/ops)) runs on each; a test keeps it up to date. The last rows are those
-of `tests/ops/test_transformations.py`. "cudnn" runs on NVIDIA
-GPUs only; everywhere else the suite runs the same arithmetic, its augmented heads, through
-`jax.nn`. What is not supported raises NotImplementedError, and the suite tests that too. cuDNN keeps its logsumexp in\nfloat32 in an order of its own: at logits of 10⁷ its backward pass finds other weights than its\nforward pass (measured on an H100, jax 0.11.2: dv off by a quarter of its norm).
+suite ([`tests/ops`](../tests/ops)) runs on each; a test keeps it up to date. The last rows are
+those of `tests/ops/test_transformations.py`. "cudnn" runs on NVIDIA GPUs only; everywhere else the
+suite runs the same arithmetic, its augmented heads, through `jax.nn`. What is not supported raises
+NotImplementedError, and the suite tests that too.
+
+One thing is not refused and yet wrong: at logits of 10⁷ (‖k‖ about 10⁴) cuDNN's backward pass finds
+other weights than its forward pass, its logsumexp being too coarse there. Measured on an H100, jax
+0.11.2: the gradient of v is off by a quarter of its norm; everything else keeps the bound.
 """
 
 WHAT = {
