@@ -115,13 +115,19 @@ def _formula(dtype, rounded, query, key, value, gamma, key_norm_weight, dout, dl
     abs_products = np.abs(q) @ np.abs(kT)
     abs_logits = 2 * g * abs_products + np.abs(lam) * g * norms - bias
     mean_logit = (p * abs_logits).sum(-1, keepdims=True)
-    abs_p = p * (1 + abs_logits * (1 - p) + np.maximum(mean_logit - p * abs_logits, 0))
+    moved = abs_logits * (1 - p) + np.maximum(mean_logit - p * abs_logits, 0)
+    # A backward pass that keeps the logsumexp only feels its rounding: ε|lse|, or all of what the
+    # other keys add to the largest logit where that is less, and nothing where one weight is all.
+    epsilon = np.finfo(np.float64 if query.dtype == np.float64 else np.float32).eps
+    seen = np.where(total == 0, 0, lse)
+    moved = moved + np.minimum(np.abs(seen), np.abs(seen - maximum) / epsilon)
+    abs_p = p * (1 + moved)
     abs_dp = np.abs(do) @ np.abs(vT)
     abs_ds = abs_p * (abs_dp + np.abs(dl)) + p * (abs_p * abs_dp).sum(-1, keepdims=True)
     abs_dsT = abs_ds.swapaxes(-1, -2)
     scales = (
         abs_p @ np.abs(v),
-        mean_logit + np.abs(np.where(total == 0, 0, lse)),
+        mean_logit + np.abs(seen),
         2 * g * (abs_ds @ np.abs(k)),
         2 * g * (abs_dsT @ np.abs(q) + np.abs(lam) * abs_ds.sum(-2)[..., None] * np.abs(k)),
         abs_p.swapaxes(-1, -2) @ np.abs(do),
