@@ -31,6 +31,7 @@ from rich.progress import track
 from rich.table import Table
 
 from rbf_jax import environment, rbf_attention
+from rbf_jax.data.files import replacing
 
 PASSES = {"forward": "fwd", "forward+backward": "fwd+bwd"}
 
@@ -197,10 +198,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text)
-    beside.replace(path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

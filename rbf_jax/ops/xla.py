@@ -324,7 +324,7 @@ def _pad_masking(masking: Masking, rows: _Axis, columns: _Axis) -> Masking:
         return array if array is None or array.shape[axis] == 1 else sequence.pad(array, axis)
 
     return masking._replace(
-        mask=pad(pad(masking.mask, 2, rows), 3, columns) if masking.mask is not None else None,
+        mask=pad(pad(masking.mask, 2, rows), 3, columns),
         query_segments=pad(masking.query_segments, 1, rows),
         key_segments=pad(masking.key_segments, 1, columns),
     )
@@ -337,9 +337,8 @@ def _cut_masking(masking: Masking, rows: _Axis, columns: _Axis, i, j) -> Masking
         whole = array is None or array.shape[axis] == 1
         return array if whole else sequence.slice(array, index, axis)
 
-    mask = masking.mask
     return masking._replace(
-        mask=None if mask is None else cut(cut(mask, 2, rows, i), 3, columns, j),
+        mask=cut(cut(masking.mask, 2, rows, i), 3, columns, j),
         query_segments=cut(masking.query_segments, 1, rows, i),
         key_segments=cut(masking.key_segments, 1, columns, j),
     )
