@@ -2,6 +2,12 @@
 
     python -m experiments.bench_attention [--lengths=512,1024,…] [--out=FILE.json]
     python -m experiments.bench_attention --dtype=bfloat16        on an NVIDIA GPU: through cuDNN
+    python -m experiments.bench_attention --suite=gpu [--lengths=…] [--head_dims=…] [--out=FILE]
+    python -m experiments.bench_attention --draw=FILE.json [--figure=STEM]
+
+The suite "gpu" measures all implementations by device time, beside cuDNN's dot product and
+PyTorch's FlexAttention, with a memory table up to T = 262,144: experiments/benchmarks. --draw makes
+its figure, STEM.png and STEM.svg, and needs no GPU. What follows is about the other one, quick.
 
 FILE.md, written beside FILE.json, is the short table of forward + backward that the README shows.
 
@@ -30,8 +36,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from experiments.benchmarks import gpu_command
+from experiments.benchmarks.contenders import forward_and_backward
+from experiments.benchmarks.options import json_file, lengths, positive, write_text
 from rbf_jax import environment, rbf_attention
-from rbf_jax.data.files import replacing
 
 PASSES = {"forward": "fwd", "forward+backward": "fwd+bwd"}
 
@@ -62,16 +70,6 @@ def implementations(is_causal: bool, dtype: jnp.dtype) -> dict[str, Callable]:
         "rbf xla": functools.partial(rbf, implementation="xla"),
         "rbf reference": functools.partial(rbf, implementation="reference"),
     }
-
-
-def forward_and_backward(attend: Callable) -> Callable:
-    """Output and the gradients of q, k, v for a given cotangent."""
-
-    def both(q, k, v, dout):
-        out, vjp = jax.vjp(attend, q, k, v)
-        return out, vjp(dout)
-
-    return both
 
 
 def measure(length: int, options: argparse.Namespace) -> list[Result]:
@@ -168,6 +166,11 @@ def markdown(results: Sequence[Result]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the program; returns its exit status."""
+    suite = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_suite(suite)
+    chosen, _ = suite.parse_known_args(argv[1:])
+    if chosen.draw is not None or chosen.suite == "gpu":
+        return gpu_command.main(argv)
     options = _parse(argv)
     results: list[Result] = []
     console = Console()
@@ -189,30 +192,29 @@ def main(argv: Sequence[str]) -> int:
         results += measure(length, options)
         # After each length: a later one may run out of memory.
         content = {**about, "results": [dataclasses.asdict(result) for result in results]}
-        _write(out, json.dumps(content, indent=1) + "\n")
-        _write(out.with_suffix(".md"), markdown(results))
+        write_text(out, json.dumps(content, indent=1) + "\n")
+        write_text(out.with_suffix(".md"), markdown(results))
     described = ", ".join(f"{name} {value}" for name, value in settings.items())
     console.print(table(results, f"{described}\n{about['device']}, {about['date']}"))
     console.print(f"written to {out} and {out.with_suffix('.md').name} beside it")
     return 0
 
 
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
+def _add_suite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--suite",
+        choices=("quick", "gpu"),
+        default="quick",
+        help='"gpu" has options of its own: --suite=gpu --help',
+    )
+    parser.add_argument("--draw", help="draw the figure of this JSON file of --suite=gpu")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
-        return int(text)
-
-    def lengths(text: str) -> list[int]:
-        return [positive(part) for part in text.split(",")]
-
     parser = argparse.ArgumentParser(prog="bench_attention", description=__doc__.partition("\n")[0])
-    parser.add_argument("--lengths", type=lengths, default=lengths("512,1024,2048,4096,8192,32768"))
+    _add_suite(parser)
+    default = lengths("512,1024,2048,4096,8192,32768")
+    parser.add_argument("--lengths", type=lengths, default=default)
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--heads", type=positive, default=8)
     parser.add_argument("--head_dim", type=positive, default=64)
@@ -227,7 +229,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--out",
-        type=_json_file,
+        type=json_file,
         default="runs/bench_attention.json",
         help="JSON file to write (default: %(default)s)",
     )
@@ -244,12 +246,6 @@ def _gibibytes(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of GiB, 0 or more")
     return value
-
-
-def _json_file(text: str) -> str:
-    if not text.endswith(".json"):
-        raise argparse.ArgumentTypeError(f"{text!r} must end in .json")
-    return text
 
 
 if __name__ == "__main__":

@@ -12,7 +12,21 @@ from typing import Any
 
 import jax
 
-_PACKAGES = ("rbf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_PACKAGES = (
+    "rbf-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "jax-triton",
+    "triton",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+    "torch",
+)
 
 
 def describe() -> dict[str, Any]:

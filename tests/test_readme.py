@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import bench_attention, compare, config_files, evaluate
+from experiments import bench_attention, bench_training, compare, config_files, evaluate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,6 +42,7 @@ def test_command_line_is_understood(command, tmp_path, monkeypatch):
         "experiments.evaluate": evaluate.main,
         "experiments.compare": compare.main,
         "experiments.bench_attention": bench_attention.main,
+        "experiments.bench_training": bench_training.main,
     }[argv[0]]
     monkeypatch.chdir(tmp_path)
     if argv[0] != "experiments.bench_attention":

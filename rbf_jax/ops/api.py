@@ -12,11 +12,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from rbf_jax.ops import cudnn, reference, validate, xla
+from rbf_jax.ops.triton import attention as triton
 from rbf_jax.ops.types import Inputs, Masking, Options
 
 _logger = logging.getLogger("rbf_jax")
 
-Implementation = Literal["reference", "xla", "cudnn"]
+Implementation = Literal["reference", "xla", "cudnn", "triton"]
 
 
 class _Backend(NamedTuple):
@@ -30,6 +31,7 @@ def _supports_everything(*_) -> None:
 
 
 _BACKENDS: dict[str, _Backend] = {
+    "triton": _Backend(triton.attend, triton.unsupported),
     "cudnn": _Backend(cudnn.attend, cudnn.unsupported),
     "xla": _Backend(xla.attend, _supports_everything),
     "reference": _Backend(reference.attend, _supports_everything),
@@ -192,24 +194,31 @@ def _choose(implementation: str | None, inputs: Inputs, masking: Masking, option
 
 
 def _best(inputs: Inputs, masking: Masking, options: Options):
-    """cuDNN where it supports the call, else XLA, which supports all."""
-    reason = cudnn.unsupported(inputs, masking, options)
-    if reason is not None:
-        _log_choice(f"takes 'xla', since 'cudnn' {reason}")
-        return xla.attend
-    _log_choice("takes 'cudnn' where the program is compiled for CUDA, else 'xla'")
+    """The first of Triton and cuDNN that supports the call, else XLA, which supports all."""
+    refused = []
+    for name in ("triton", "cudnn"):
+        reason = _BACKENDS[name].unsupported(inputs, masking, options)
+        if reason is None:
+            _log_choice(f"takes {name!r} where the program is compiled for CUDA, else 'xla'")
+            return functools.partial(_where_cuda, _BACKENDS[name].attend)
+        refused.append(f"{name!r} {reason}")
+    _log_choice(f"takes 'xla', since {' and '.join(refused)}")
+    return xla.attend
 
-    def attend(inputs, masking, options):
-        # The program may yet be placed on the CPU (jax.default_device), where cuDNN is not.
-        out = jax.lax.platform_dependent(
-            inputs,
-            masking,
-            cuda=lambda inputs, masking: cudnn.attend(inputs, masking, options)[0],
-            default=lambda inputs, masking: xla.attend(inputs, masking, options)[0],
-        )
-        return out, None
 
-    return attend
+def _where_cuda(on_cuda, inputs: Inputs, masking: Masking, options: Options):
+    """The program may yet be placed on the CPU (jax.default_device), where CUDA is not."""
+
+    def output(attend):
+        def call(inputs, masking):
+            out, logsumexp = attend(inputs, masking, options)
+            return (out, logsumexp) if options.return_residual else (out, None)
+
+        return call
+
+    return jax.lax.platform_dependent(
+        inputs, masking, cuda=output(on_cuda), default=output(xla.attend)
+    )
 
 
 @functools.cache

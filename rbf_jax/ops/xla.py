@@ -28,7 +28,7 @@ from rbf_jax.ops.types import (
     allowed_pairs,
     group_heads,
 )
-from rbf_jax.ops.vjp import DotGradients, Residuals, with_custom_vjp
+from rbf_jax.ops.vjp import Gradients, Residuals, with_custom_vjp
 
 # Upper limits of a block of queries and of keys, found by trying on two CPU cores: smaller ones pay
 # for more loop turns, larger ones fall out of the cache.
@@ -215,7 +215,7 @@ def _backward_in_blocks(
     delta: jax.Array,
     options: Options,
     limits: tuple[int, int],
-) -> DotGradients:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     call = _Call.prepare(residuals.inputs, residuals.masking, options, limits)
     rows, columns, K = call.rows, call.columns, call.key.shape[1]
     dtype, weight_dtype = call.key_penalty.dtype, call.value.dtype
@@ -259,11 +259,11 @@ def _backward_in_blocks(
     dq, dk, dv, column_sums = lax.fori_loop(
         jnp.int32(0), jnp.int32(columns.num_blocks), key_block, carry
     )
-    return DotGradients(
-        query=_lengths_first(dq, rows),
-        key=_lengths_first(dk[:, :, None], columns),
-        value=_lengths_first(dv[:, :, None], columns),
-        column_sums=_lengths_first(column_sums, columns),
+    return (
+        _lengths_first(dq, rows),
+        _lengths_first(dk[:, :, None], columns),
+        _lengths_first(dv[:, :, None], columns),
+        _lengths_first(column_sums, columns),
     )
 
 
@@ -271,8 +271,29 @@ def _forward(inputs: Inputs, masking: Masking, options: Options):
     return _forward_in_blocks(inputs, masking, _rules(options), _MAX_BLOCKS)
 
 
-def _backward(residuals: Residuals, dout: jax.Array, delta: jax.Array, options: Options):
-    return _backward_in_blocks(residuals, dout, delta, _rules(options), _MAX_BLOCKS)
+def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, options: Options):
+    # The logsumexp of a row that may attend to nothing is the constant −∞.
+    dlogsumexp = jnp.where(jnp.isneginf(residuals.logsumexp), 0, dlogsumexp)
+    dtype = dlogsumexp.dtype
+    delta = jnp.sum(residuals.out.astype(dtype) * dout.astype(dtype), axis=-1) - dlogsumexp
+    dq, dk, dv, column_sums = _backward_in_blocks(
+        residuals, dout, delta, _rules(options), _MAX_BLOCKS
+    )
+    # What the key norms contribute.
+    inputs = residuals.inputs
+    query, key = inputs.query.astype(dtype), inputs.key.astype(dtype)
+    K = key.shape[2]
+    column_sums = column_sums.reshape(*key.shape[:3], -1)  # B S K G
+    norm_weight = (2 * inputs.gamma * inputs.key_norm_weight).reshape(1, 1, K, -1)
+    dk -= jnp.sum(column_sums * norm_weight, axis=-1, keepdims=True) * key
+    norms = jnp.sum(key * key, axis=-1, keepdims=True)  # B S K 1
+    return Gradients(
+        dq,
+        dk,
+        dv,
+        query_moment=jnp.sum(query * dq, axis=(0, 1, 3)),
+        norm_moment=jnp.sum(column_sums * norms, axis=(0, 1)).reshape(inputs.gamma.shape),
+    )
 
 
 attend = with_custom_vjp(_forward, _backward)

@@ -12,14 +12,16 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from rbf_jax.training.state import TrainState, digest, fingerprint
+
+if TYPE_CHECKING:
+    import grain
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,8 @@ class Checkpoints:
           iterator: of the training batches.
           seconds: that training took so far.
         """
+        import grain  # Here, so that what saves no checkpoint runs without it.
+
         params, rest = _split(state)
         marks = fingerprint(state)
         about = {
@@ -159,6 +163,8 @@ class Checkpoints:
     def _read(
         self, step: int, state: TrainState, iterator: grain.DatasetIterator
     ) -> tuple[TrainState, dict[str, Any]]:
+        import grain
+
         params, rest = jax.tree.map(ocp.utils.to_shape_dtype_struct, _split(state))
         items = self._manager.restore(
             step,

@@ -11,9 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from rbf_jax.nn import CausalLM
-from rbf_jax.training.sharding import Batch
+from rbf_jax.training.optimizer import make_schedule
+from rbf_jax.training.sharding import Batch, batch_sharding, state_shardings
 from rbf_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -101,6 +104,42 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def compile_train_step(
+    config: ConfigDict,
+    model: CausalLM,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+) -> jax.stages.Compiled:
+    """Returns the training step of a run, compiled; it donates the state that it is given.
+
+    Args:
+      config: with the keys of configs/base.py.
+      model: the language model.
+      optimizer: of `make_optimizer`.
+      state: any state of the run, or its shapes.
+      mesh: of `make_mesh`.
+    """
+    shardings = state_shardings(mesh, state)
+    train_step = jax.jit(
+        make_train_step(
+            model,
+            optimizer,
+            make_schedule(config.optimizer, config.train.steps),
+            accumulate_steps=config.optimizer.accumulate_steps,
+            packed=config.data.layout == "packed",
+        ),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+    shape = (config.train.batch_size, config.data.context_length)
+    names = ("inputs", "targets", "positions", "segment_ids")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.bool)
+    return train_step.lower(state, batch).compile()
 
 
 def _micro_batches(batch: Batch, number: int) -> Batch:

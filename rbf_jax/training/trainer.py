@@ -8,7 +8,6 @@ import logging
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -18,13 +17,13 @@ from rbf_jax.training.checkpoint import Checkpoints
 from rbf_jax.training.config import model_config
 from rbf_jax.training.evaluation import evaluate
 from rbf_jax.training.metrics import MetricsFile, Values, all_finite, open_writers, to_numbers
-from rbf_jax.training.optimizer import make_optimizer, make_schedule
+from rbf_jax.training.optimizer import make_optimizer
 from rbf_jax.training.progress import Progress, Stopwatch
 from rbf_jax.training.run_folder import RunFolder
-from rbf_jax.training.sharding import batch_sharding, place_batch, state_shardings
+from rbf_jax.training.sharding import place_batch
 from rbf_jax.training.signals import StopRequest
 from rbf_jax.training.state import create_state, fingerprint
-from rbf_jax.training.step import make_eval_step, make_inspect_step, make_train_step
+from rbf_jax.training.step import compile_train_step, make_eval_step, make_inspect_step
 
 logger = logging.getLogger(__name__)
 
@@ -152,27 +151,11 @@ class Trainer:
             opened.callback(writer.close)
 
     def _compile(self) -> None:
-        config, mesh = self.config, self._mesh
-        packed = config.data.layout == "packed"
-        shardings = state_shardings(mesh, self.state)
-        train_step = jax.jit(
-            make_train_step(
-                self.model,
-                self._optimizer,
-                make_schedule(config.optimizer, config.train.steps),
-                accumulate_steps=config.optimizer.accumulate_steps,
-                packed=packed,
-            ),
-            in_shardings=(shardings, batch_sharding(mesh)),
-            out_shardings=(shardings, None),
-            donate_argnums=0,
-        )
-        shape = (config.train.batch_size, config.data.context_length)
-        names = ("inputs", "targets", "positions", "segment_ids")
-        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-        batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.bool)
+        packed = self.config.data.layout == "packed"
         # Ahead of time, so that compiling does not count as training.
-        self._train_step = train_step.lower(self.state, batch).compile()
+        self._train_step = compile_train_step(
+            self.config, self.model, self._optimizer, self.state, self._mesh
+        )
         self._eval_step = jax.jit(make_eval_step(self.model, packed=packed))
         self._inspect_step = jax.jit(make_inspect_step(self.model))
 

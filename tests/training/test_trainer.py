@@ -271,7 +271,7 @@ def test_what_cannot_be_compiled_is_one_line_and_spares_the_folder(
     def refuse(*arguments, **options):
         raise kind("attention cannot\ndo that")
 
-    monkeypatch.setattr(trainer, "make_train_step", lambda *_, **__: refuse)
+    monkeypatch.setattr(trainer, "compile_train_step", refuse)
     with pytest.raises(SetupError, match=r"^attention cannot do that$"):
         train(config, tmp_path / "run")
     config.model.attention.implementation = "xla"

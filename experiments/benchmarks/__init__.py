@@ -1,0 +1,1 @@
+"""The parts of `experiments.bench_attention --suite=gpu`: clock, contenders, suite and report."""

@@ -1,0 +1,1 @@
+"""Kernels in Triton, called through jax-triton."""

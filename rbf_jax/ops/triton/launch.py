@@ -1,0 +1,100 @@
+"""Calls a Triton kernel on JAX arrays: the only place that knows jax_triton.
+
+jax_triton 0.3: arguments by position, outputs after inputs; a Python int is a 32-bit (or, where it
+must be, 64-bit) scalar; all else is a constant of the kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+
+from rbf_jax.ops.triton.tiles import Tiles
+from rbf_jax.ops.varying import vary_like
+
+
+class Target(NamedTuple):
+    """The GPU that programs are compiled for: its name and its compute capability times ten."""
+
+    name: str
+    compute_capability: int
+
+
+def unavailable() -> str | None:
+    """Returns why no kernel can be run here, as the rest of a sentence, or None if one can."""
+    if jax.default_backend() != "gpu" or "NVIDIA" not in jax.devices()[0].device_kind:
+        return f"needs an NVIDIA GPU, and JAX's default backend is {jax.default_backend()}"
+    capability = target().compute_capability
+    if capability < 80:
+        return f"needs compute capability 8.0 or later, and this GPU has {capability / 10}"
+    try:
+        _jax_triton()
+    except ImportError as error:
+        return f"needs the package jax-triton (the extra 'cuda' of rbf-jax): {error}"
+    return None
+
+
+@functools.cache
+def target() -> Target:
+    """The GPU that JAX sees first."""
+    device = jax.devices()[0]
+    return Target(device.device_kind, int(float(device.compute_capability) * 10 + 0.5))
+
+
+def run(
+    kernel,
+    inputs: Sequence[jax.Array | int],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    *,
+    programs: int,
+    constants: Mapping,
+    tiles: Tiles,
+    aliases: Mapping[int, int] | None = None,
+) -> list[jax.Array]:
+    """Runs `programs` programs of a kernel.
+
+    Args:
+      kernel: a `triton.jit` function; its parameters are the inputs, the outputs, the constants.
+      inputs: arrays and integers, in the order of the parameters.
+      outputs: shapes and dtypes; what a program does not write is undefined.
+      programs: the size of the one-dimensional grid.
+      constants: the kernel's `tl.constexpr` parameters by name, hashable.
+      tiles: how many warps a program has, and stages its loops.
+      aliases: from the position of an array among the array inputs to that of the output that
+        takes its memory over.
+
+    Returns:
+      The outputs. Inside shard_map they vary over the axes that any input varies over.
+    """
+    outs = _jax_triton().triton_call(
+        *inputs,
+        kernel=kernel,
+        out_shape=list(outputs),
+        grid=(programs,),
+        name=kernel.__name__,
+        compute_capability=target().compute_capability,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        input_output_aliases=dict(aliases or {}),
+        **constants,
+    )
+    return vary_like(outs, [x for x in inputs if not isinstance(x, int)])
+
+
+@functools.cache
+def _jax_triton():
+    """Imports jax_triton, which sets an environment variable of Triton's: undoes that."""
+    name = "TRITON_CACHE_DIR"
+    before = os.environ.get(name)
+    try:
+        return importlib.import_module("jax_triton")
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before

@@ -1,0 +1,179 @@
+"""How large the tiles of each kernel are: an override, else the tuned table, else a rule of thumb.
+
+`tuned.json` is written by `python -m experiments.autotune` on the GPU that an entry names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import importlib.resources
+import json
+from collections.abc import Iterator
+from typing import Literal
+
+Pass = Literal["forward", "queries", "keys"]
+PASSES: tuple[Pass, ...] = ("forward", "queries", "keys")
+
+# Shared memory that one program may use, in bytes, by compute capability times ten; others are
+# taken to have the least.
+_SHARED_MEMORY = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
+_LEAST_SHARED_MEMORY = 101_376
+# Lengths up to each limit share an entry of the table.
+LENGTH_CLASSES = {"short": 1024, "medium": 4096}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tile of one program, and how it is compiled.
+
+    Attributes:
+      block_q: queries, a power of two from 16.
+      block_k: keys, a power of two from 16.
+      num_warps: warps of a program, a power of two up to 16.
+      num_stages: depth of the software pipeline of its loops, 1 for none.
+      heads_at_once: heads that neighbouring programs work on, so that their keys and values stay in
+        the L2 cache.
+    """
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    heads_at_once: int = 1
+
+    def __post_init__(self):
+        for name in ("block_q", "block_k"):
+            if not _power_of_two(getattr(self, name), 16, 256):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be a power of two from 16 to 256."
+                )
+        if not _power_of_two(self.num_warps, 1, 16):
+            raise ValueError(f"num_warps={self.num_warps!r} must be a power of two up to 16.")
+        for name in ("num_stages", "heads_at_once"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an int ≥ 1.")
+
+
+_overrides: contextvars.ContextVar[tuple[tuple[Pass, Tiles], ...]] = contextvars.ContextVar(
+    "rbf_jax_triton_tiles", default=()
+)
+
+
+@contextlib.contextmanager
+def override_tiles(
+    *, forward: Tiles | None = None, queries: Tiles | None = None, keys: Tiles | None = None
+) -> Iterator[None]:
+    """Within this context, what is traced takes these tiles for the passes given.
+
+    Tiles that need more shared memory than the GPU has make compiling or the launch fail.
+    """
+    given: dict[Pass, Tiles | None] = {"forward": forward, "queries": queries, "keys": keys}
+    named = tuple((name, tiles) for name, tiles in given.items() if tiles is not None)
+    token = _overrides.set((*_overrides.get(), *named))
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def overridden() -> tuple[tuple[Pass, Tiles], ...]:
+    """The overrides in force, the innermost last: part of what a traced program depends on."""
+    return _overrides.get()
+
+
+def choose(
+    name: Pass,
+    *,
+    head_dim: int,
+    dtype: str,
+    causal: bool,
+    length: int,
+    gpu: str,
+    compute_capability: int,
+) -> Tiles:
+    """Returns the tiles of one pass where there is no override.
+
+    Args:
+      name: "forward", "queries" (their gradient) or "keys" (theirs and the values').
+      head_dim: H.
+      dtype: name of the input's dtype.
+      causal: whether the call is causal.
+      length: the longer of T and S.
+      gpu: the device's name, as JAX gives it.
+      compute_capability: times ten.
+    """
+    wanted = {
+        "pass": name,
+        "head_dim": padded_head_dim(head_dim),
+        "dtype": dtype,
+        "causal": causal,
+        "length": length_class(length),
+    }
+    entries = [e for e in tuned_table() if all(e[key] == x for key, x in wanted.items())]
+    for key, value in (("gpu", gpu), ("compute_capability", compute_capability)):
+        for entry in entries:
+            if entry[key] == value:
+                return Tiles(**entry["tiles"])
+    return default_tiles(name, head_dim, dtype, compute_capability)
+
+
+def length_class(length: int) -> str:
+    """The part of the tuned table that a length belongs to."""
+    return next((name for name, limit in LENGTH_CLASSES.items() if length <= limit), "long")
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """H rounded up to a power of two, at least 16, as the kernels hold it."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+@functools.cache
+def tuned_table() -> tuple[dict, ...]:
+    """The entries of tuned.json."""
+    file = importlib.resources.files("rbf_jax.ops.triton").joinpath("tuned.json")
+    return tuple(json.loads(file.read_text())["entries"])
+
+
+def default_tiles(name: Pass, head_dim: int, dtype: str, compute_capability: int) -> Tiles:
+    """Tiles that fit into the shared memory of any GPU of this compute capability."""
+    wide = dtype == "float32"
+    limit = _SHARED_MEMORY.get(compute_capability, _LEAST_SHARED_MEMORY)
+    H = padded_head_dim(head_dim)
+    if wide:
+        block_q, block_k, num_warps = (64, 32, 4) if H <= 64 else (32, 32, 4)
+    elif H <= 64:
+        block_q, block_k, num_warps = (128, 64, 8) if name == "forward" else (64, 64, 4)
+    elif H <= 128:
+        block_q, block_k, num_warps = 64, 64, 4
+    else:
+        block_q, block_k, num_warps = 64, 32, 4
+    tiles = Tiles(block_q, block_k, num_warps, 3)
+    while shared_memory(name, tiles, H, dtype) > limit:
+        if tiles.num_stages > 1:
+            tiles = dataclasses.replace(tiles, num_stages=tiles.num_stages - 1)
+        elif tiles.block_q >= tiles.block_k:
+            tiles = dataclasses.replace(tiles, block_q=tiles.block_q // 2)
+        else:
+            tiles = dataclasses.replace(tiles, block_k=tiles.block_k // 2)
+    return tiles
+
+
+def shared_memory(name: Pass, tiles: Tiles, head_dim: int, dtype: str) -> int:
+    """An upper estimate of a program's shared memory, in bytes; tests hold it against Triton's."""
+    size = 4 if dtype == "float32" else 2
+    kept, moving = tiles.block_q, tiles.block_k
+    if name == "keys":
+        kept, moving = moving, kept
+    operands = 1 if name == "forward" else 2
+    vectors = kept * operands + 2 * moving * tiles.num_stages
+    numbers = 2 * moving * tiles.num_stages + 1024
+    square = tiles.block_q * tiles.block_k
+    return size * (vectors * head_dim + square) + 4 * numbers
+
+
+def _power_of_two(value, least: int, most: int) -> bool:
+    return isinstance(value, int) and least <= value <= most and value & (value - 1) == 0
