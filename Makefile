@@ -5,6 +5,10 @@ BIN    := $(VENV)/bin
 EXTRAS := train,tfds,dev
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 RUNS   := runs/demo
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# 7.5 MB, without the gigabytes of CUDA that it asks for: jax_triton imports no more of it, and so
+# the tests can put the kernels into programs for a GPU on a machine that has none.
+CUDA_PLUGIN := jax-cuda13-plugin
 
 .PHONY: setup demo check test test-gpu clean
 
@@ -13,7 +17,8 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python >= 3.11 is required, {sys.executable} is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]' --constraint constraints.txt
+	$(PIP) --editable '.[$(EXTRAS)]' --constraint constraints.txt
+	@$(if $(filter Linux,$(shell uname -s)),$(PIP) --no-deps "$(CUDA_PLUGIN)==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')")
 	@touch $@
 
 # Train a small RBF model and its dot-product twin on the embedded corpus, then write the report.

@@ -88,17 +88,27 @@ class Clock:
         wall = _queue(call, times)
         if self._cupti is None:
             return Timing(wall, wall, {})
+        kernels: dict[str, float] = collections.defaultdict(float)
+        for name, milliseconds in self.record(lambda: _queue(call, times)):
+            kernels[name] += milliseconds / times
+        return Timing(sum(kernels.values()), wall, dict(kernels))
+
+    def record(self, work: Callable[[], Any]) -> list[tuple[str, float]]:
+        """Does `work`, which waits for its results: its kernels in order, and their milliseconds.
+
+        Raises:
+          RuntimeError: CUPTI does not work here, or recorded nothing.
+        """
+        if self._cupti is None:
+            raise RuntimeError(f"CUPTI does not work here: {self.problem}.")
         self._cupti._cupti_init()
         try:
-            _queue(call, times)
+            work()
         finally:
             records = self._cupti._cupti_get_timings(False)
         if not records:
             raise RuntimeError("CUPTI recorded no kernel.")
-        kernels: dict[str, float] = collections.defaultdict(float)
-        for name, milliseconds in records:
-            kernels[name] += milliseconds / times
-        return Timing(sum(kernels.values()), wall, dict(kernels))
+        return records
 
     def times_for(self, call: Call, milliseconds: float, most: int = 50) -> int:
         """Warms `call` up; returns how many make a queue of about `milliseconds`, at least 1."""

@@ -63,7 +63,7 @@ def test_without_key_norms_it_is_dot_product_attention(name):
 
 
 @st.composite
-def _drawn_case(draw):
+def drawn_case(draw):
     """Any shapes and options together; T and S up to several small blocks."""
     B, K, H = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 8]))
     N = K * draw(st.sampled_from([1, 3]))
@@ -114,6 +114,6 @@ def small_blocks(monkeypatch):
     derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
-@hypothesis.given(case=_drawn_case())
+@hypothesis.given(case=drawn_case())
 def test_any_shapes_and_options(small_blocks, case):
     assert not contract.violations(contract.SUBJECTS["xla"], case, "float32")

@@ -1,4 +1,4 @@
-"""Runs the Triton kernels without a GPU, by Triton's interpreter. Import it before anything of Triton.
+"""Runs the Triton kernels without a GPU, by Triton's interpreter; to be imported before Triton.
 
 A process that has imported this runs `implementation="triton"` on the CPU: the kernel launches are
 calls of the interpreter on NumPy arrays, through `jax.pure_callback`. What surrounds them, and the
@@ -25,6 +25,9 @@ _NAMES = {
     **{f"int{n}": f"i{n}" for n in (8, 16, 32, 64)},
     **{f"uint{n}": f"u{n}" for n in (8, 16, 32, 64)},
 }
+
+# Of every launch since this was last cleared: the kernel's name and its outputs.
+launches: list[tuple[str, list[np.ndarray]]] = []
 
 
 class _Memory:
@@ -84,7 +87,9 @@ def _run(kernel, inputs, outputs, *, programs, constants, tiles, aliases=None):
         left = iter(arrays)
         arguments = [next(left) if array else x for x, array in zip(inputs, is_array)]
         memory = [x if isinstance(x, int) else _Memory(x) for x in [*arguments, *outs]]
-        kernel[(programs,)](*memory, **constants)
+        with np.errstate(all="ignore"):  # log2(0) is no more than that on a GPU
+            kernel[(programs,)](*memory, **constants, MAX_REGISTERS=None)
+        launches.append((kernel.__name__, outs))
         return tuple(outs)
 
     arrays = [x for x, array in zip(inputs, is_array) if array]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -202,10 +203,14 @@ def _forward_program(plan: _Plan, full: _Full, shared: _Shared):
 
 
 def _forward_kernels(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.Array]:
+    return _forward_pass(_Call(plan, full, shared))
+
+
+def _forward_pass(call: _Call) -> tuple[jax.Array, jax.Array]:
+    """The output and the logsumexp."""
     from rbf_jax.ops.triton import forward
 
-    call = _Call(plan, full, shared)
-    tiles = call.tiles("forward")
+    full, tiles = call.full, call.tiles("forward")
     bounds = _segment_bounds(full.query_segments, full.key_segments, tiles.block_q, tiles.block_k)
     num_tiles = call.B * call.N * _cdiv(call.T, tiles.block_q)
     # float16 weights vanish below 2⁻²⁴ unless they are measured from the largest; float32 is not
@@ -241,34 +246,47 @@ def _forward_kernels(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Arr
 
 def _backward_kernels(plan: _Plan, full: _Full, shared: _Shared, given: _Rows) -> Gradients:
     """The gradients; the moments still have a batch axis."""
+    call = _Call(plan, full, shared)
+    dquery, delta, moments = _queries_pass(call, given)
+    dkey, dvalue, column_sums = _keys_pass(call, given, delta)
+    norms = jnp.repeat(call.norms[..., : call.S], call.N // call.K, axis=1)
+    return Gradients(
+        dquery, dkey, dvalue, jnp.sum(moments, axis=-1), jnp.sum(column_sums * norms, axis=-1)
+    )
+
+
+def _queries_pass(call: _Call, given: _Rows) -> list[jax.Array]:
+    """The gradient of the queries, δ as the next pass reads it, and q·dq."""
     from rbf_jax.ops.triton import backward
 
-    call = _Call(plan, full, shared)
+    full, tiles = call.full, call.tiles("queries")
     out, dout, logsumexp, dlogsumexp = given
-    per_row = jax.ShapeDtypeStruct((call.B, call.N, call.T), jnp.float32)
-
-    tiles = call.tiles("queries")
     bounds = _segment_bounds(full.query_segments, full.key_segments, tiles.block_q, tiles.block_k)
     has_dlogsumexp = dlogsumexp is not None
     arrays = [out, dout, logsumexp, dlogsumexp if has_dlogsumexp else logsumexp]
-    dquery, delta, moments = call.run(
+    return call.run(
         backward.queries_kernel,
         [*call.operands(bounds), *arrays, *call.scalars()],
         [
             jax.ShapeDtypeStruct(full.query.shape, full.query.dtype),
             jax.ShapeDtypeStruct(logsumexp.shape, jnp.float32),
-            per_row,
+            jax.ShapeDtypeStruct((call.B, call.N, call.T), jnp.float32),
         ],
         programs=call.B * call.N * _cdiv(call.T, tiles.block_q),
         tiles=tiles,
         HAS_DLOGSUMEXP=has_dlogsumexp,
     )
 
-    tiles = call.tiles("keys")
+
+def _keys_pass(call: _Call, given: _Rows, delta: jax.Array) -> list[jax.Array]:
+    """The gradients of keys and values, and Σ_i dS_ij."""
+    from rbf_jax.ops.triton import backward
+
+    full, tiles = call.full, call.tiles("keys")
     bounds = _segment_bounds(full.key_segments, full.query_segments, tiles.block_k, tiles.block_q)
-    dkey, dvalue, column_sums = call.run(
+    return call.run(
         backward.keys_kernel,
-        [*call.operands(bounds), dout, logsumexp, delta, *call.scalars()],
+        [*call.operands(bounds), given.dout, given.logsumexp, delta, *call.scalars()],
         [
             jax.ShapeDtypeStruct(full.key.shape, full.key.dtype),
             jax.ShapeDtypeStruct(full.key.shape, full.key.dtype),
@@ -277,10 +295,27 @@ def _backward_kernels(plan: _Plan, full: _Full, shared: _Shared, given: _Rows) -
         programs=call.B * call.K * _cdiv(call.S, tiles.block_k),
         tiles=tiles,
     )
-    norms = jnp.repeat(call.norms[..., : call.S], call.N // call.K, axis=1)
-    return Gradients(
-        dquery, dkey, dvalue, jnp.sum(moments, axis=-1), jnp.sum(column_sums * norms, axis=-1)
-    )
+
+
+def one_pass(
+    name: Pass,
+    inputs: Inputs,
+    options: Options,
+    out: jax.Array,
+    dout: jax.Array,
+    logsumexp: jax.Array,
+    delta: jax.Array,
+) -> Sequence[jax.Array]:
+    """Runs the kernels of one pass alone, as `experiments.autotune` does; returns what they write.
+
+    The forward pass reads nothing after the options, and "queries" no δ; out, logsumexp and δ are
+    as the passes before return them.
+    """
+    call = _Call(_plan(options), *_split(inputs, Masking()))
+    if name == "forward":
+        return _forward_pass(call)
+    given = _Rows(out, dout, logsumexp, None)
+    return _queries_pass(call, given) if name == "queries" else _keys_pass(call, given, delta)
 
 
 @functools.partial(jax.jit, static_argnames="plan")

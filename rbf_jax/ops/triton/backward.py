@@ -59,6 +59,7 @@ def queries_kernel(
     BLOCK_H: tl.constexpr,
     HEADS_AT_ONCE: tl.constexpr,
     HAS_DLOGSUMEXP: tl.constexpr,
+    MAX_REGISTERS: tl.constexpr,  # read by launch.py
 ):
     """One program per tile of queries: dq_i = 2γ Σ_j dS_ij k_j, and δ."""
     N: tl.constexpr = RULES.num_heads
@@ -218,6 +219,7 @@ def keys_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     HEADS_AT_ONCE: tl.constexpr,
+    MAX_REGISTERS: tl.constexpr,  # read by launch.py
 ):
     """One program per tile of keys, for all query heads of their group."""
     N: tl.constexpr = RULES.num_heads

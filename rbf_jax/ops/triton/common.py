@@ -89,6 +89,15 @@ def tile_of(num_tiles, HEADS_AT_ONCE: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
+def zero(length):
+    """0, which the compiler does not know to be 0.
+
+    Where a loop starts at a known 0, ptxas (of Triton 3.6) serializes its wgmma instructions.
+    """
+    return tl.minimum(length, 0)
+
+
+@triton.jit
 def key_range(first, last, num_keys, BLOCK: tl.constexpr, RULES: tl.constexpr):
     """Which keys the queries `first` to `last` may attend to, by position.
 
@@ -96,7 +105,7 @@ def key_range(first, last, num_keys, BLOCK: tl.constexpr, RULES: tl.constexpr):
       start, inner_start, inner_stop, stop: keys from start to stop are to be visited; between the
       inner two, which are whole blocks, every one of the queries may attend to every key.
     """
-    start, stop, inner_start, inner_stop = 0, num_keys, 0, num_keys
+    start, stop, inner_start, inner_stop = zero(num_keys), num_keys, zero(num_keys), num_keys
     if RULES.causal:
         stop = tl.minimum(stop, last + 1)
         inner_stop = tl.minimum(inner_stop, first + 1)
@@ -114,7 +123,8 @@ def key_range(first, last, num_keys, BLOCK: tl.constexpr, RULES: tl.constexpr):
 @triton.jit
 def query_range(first, last, num_queries, BLOCK: tl.constexpr, RULES: tl.constexpr):
     """Which queries may attend to the keys `first` to `last`, as `key_range` says it of keys."""
-    start, stop, inner_start, inner_stop = 0, num_queries, 0, num_queries
+    start, stop = zero(num_queries), num_queries
+    inner_start, inner_stop = zero(num_queries), num_queries
     LEFT: tl.constexpr = RULES.left
     if LEFT >= 0:
         stop = tl.minimum(stop, last + LEFT + 1)

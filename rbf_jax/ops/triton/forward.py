@@ -31,6 +31,9 @@ from rbf_jax.ops.triton.common import (
 SMALLEST_SUM = tl.constexpr(2.0**-80)
 # Subtracting R in float32 costs up to R·2^-24.
 LARGEST_REFERENCE = tl.constexpr(2.0**13)
+# The sum of a row's weights is kept in parts, those of a thread, and added up at the end: adding
+# across threads for every tile costs time.
+PARTS = tl.constexpr(8)
 
 
 @triton.jit
@@ -62,6 +65,7 @@ def forward_kernel(
     BLOCK_H: tl.constexpr,
     HEADS_AT_ONCE: tl.constexpr,
     ONLINE: tl.constexpr,
+    MAX_REGISTERS: tl.constexpr,  # read by launch.py
 ):
     """One program per tile of queries; `ONLINE` softmax needs no gate."""
     num_tiles = tl.cdiv(T, BLOCK_Q)
@@ -133,6 +137,7 @@ def gate_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    MAX_REGISTERS: tl.constexpr,  # read by launch.py
 ):
     """Does the flagged tiles again; a few programs look through all flags."""
     strides = (
@@ -246,21 +251,18 @@ def _do_tile(
     start, stop = within_segments(bounds_ptr, batch, tile, tl.cdiv(T, BLOCK_Q), start, stop, RULES)
     stop = tl.where(first < query_stop, stop, start)
 
-    initial = -float("inf")
-    if RULES.sink:
-        initial = 0.0
     acc = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
-    maximum = tl.full([BLOCK_Q], initial, tl.float32)
-    total = tl.exp2(maximum)
-    reference, safe = 0.0, first >= 0
-    if not ONLINE:
+    total = tl.zeros([BLOCK_Q, PARTS], tl.float32)
+    if ONLINE:
+        reference, safe = 0.0, True
+        maximum = tl.full([BLOCK_Q], 0.0 if RULES.sink else -float("inf"), tl.float32)
+    else:
         query_norms = tl.sum(query.to(tl.float32) * query.to(tl.float32), 1)
         reference = tl.max(query_norms) * scale * scale / (4 * norm_weight)
         safe = (norm_weight > 0) & (reference <= LARGEST_REFERENCE)
         reference = tl.where(safe, reference, 0.0)
         stop = tl.where(safe, stop, start)
-        maximum = tl.zeros([BLOCK_Q], tl.float32)
-        total = tl.zeros([BLOCK_Q], tl.float32) + tl.exp2(initial - reference)
+        maximum = 0.0
     numbers = (scale, norm_weight, reference, slope)
     state = (acc, total, maximum)
     if RULES.any_pair or not SPLIT:
@@ -294,17 +296,24 @@ def _do_tile(
         state = _attend(state, inner_stop, stop, query, keys, numbers, rules, RULES, False, ONLINE)
     acc, total, maximum = state
 
-    smallest = tl.min(tl.where(rows < query_stop, total, 1.0))
-    beyond = rows >= query_stop  # such a row sees the sink at most
-    total = tl.where(beyond, tl.exp2(initial), total)
+    total = tl.sum(total, 1)
+    if RULES.query_lengths:  # a row beyond its length sees the sink at most
+        beyond = rows >= query_stop
+        acc = tl.where(beyond[:, None], 0.0, acc)
+        total = tl.where(beyond, 0.0, total)
+        maximum = tl.where(beyond, -reference, maximum)
+    if RULES.sink:
+        total += tl.exp2(-reference - maximum)
     empty = total == 0
-    out = acc / tl.where(empty, 1.0, total)[:, None]
-    store_rows(out_ptr + offsets, tl.where(beyond[:, None], 0.0, out), rows, T, RULES)
-    logsumexp = tl.where(beyond, 0.0, reference + maximum) + tl.log2(total)
-    logsumexp = tl.where(empty, float("inf"), logsumexp)
+    store_rows(out_ptr + offsets, acc / tl.where(empty, 1.0, total)[:, None], rows, T, RULES)
+    logsumexp = tl.where(empty, float("inf"), reference + maximum + tl.log2(total))
     logsumexp_ptr += batch_head.to(tl.int64) * aligned(T)
     tl.store(logsumexp_ptr + rows, logsumexp, mask=rows < T)
-    return (not ONLINE) and ((smallest < SMALLEST_SUM) | (not safe))
+    if ONLINE:
+        return False
+    else:
+        smallest = tl.min(tl.where(rows < tl.minimum(query_stop, T), total, 1.0))
+        return (smallest < SMALLEST_SUM) | (not safe)
 
 
 @triton.jit
@@ -332,6 +341,7 @@ def _attend(
         rules
     )
     ROW: tl.constexpr = RULES.num_kv_heads * RULES.head_dim
+    BLOCK_Q: tl.constexpr = query.shape[0]
     BLOCK_K: tl.constexpr = tile_offsets.shape[0]
     for block in tl.range(begin // BLOCK_K, tl.cdiv(end, BLOCK_K)):
         at = block * BLOCK_K
@@ -368,11 +378,11 @@ def _attend(
                     subtract = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
                 rescale = tl.exp2(maximum - subtract)
                 maximum = new_maximum
-                total *= rescale
+                total *= rescale[:, None]
                 acc *= rescale[:, None]
                 logits -= subtract[:, None]
             weights = tl.exp2(logits)
-            total += tl.sum(weights, 1)
+            total += tl.sum(tl.reshape(weights, [BLOCK_Q, BLOCK_K // PARTS, PARTS]), 1)
             value = load_rows(value_ptr + offset + tile_offsets, columns, key_stop, WHOLE, RULES)
             acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="tf32x3")
     return acc, total, maximum

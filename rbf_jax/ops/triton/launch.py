@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+from jax import extend as jex
+from jax.interpreters import ad, mlir, xla
 
 from rbf_jax.ops.triton.tiles import Tiles
 from rbf_jax.ops.varying import vary_like
@@ -71,19 +73,66 @@ def run(
     Returns:
       The outputs. Inside shard_map they vary over the axes that any input varies over.
     """
-    outs = _jax_triton().triton_call(
-        *inputs,
-        kernel=kernel,
-        out_shape=list(outputs),
+    arrays = [x for x in inputs if not isinstance(x, int)]
+    library = _jax_triton().triton_lib
+    outs = _primitive().bind(
+        *arrays,
+        fn=kernel,
+        scalar_args=tuple(
+            (i, library.get_triton_type(x), x) for i, x in enumerate(inputs) if isinstance(x, int)
+        ),
+        out_shapes=tuple(outputs),
         grid=(programs,),
         name=kernel.__name__,
+        custom_call_target_name="triton_kernel_call",
         compute_capability=target().compute_capability,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        input_output_aliases=dict(aliases or {}),
+        num_ctas=1,
+        enable_fp_fusion=True,
+        input_output_aliases=tuple((aliases or {}).items()),
+        zeroed_outputs=(),
+        debug=False,
+        serialized_metadata=b"",
+        MAX_REGISTERS=tiles.max_registers,
         **constants,
     )
-    return vary_like(outs, [x for x in inputs if not isinstance(x, int)])
+    return vary_like(outs, arrays)
+
+
+@functools.cache
+def _primitive():
+    """What `jax_triton.triton_call` binds, but for MAX_REGISTERS, which that does not pass on.
+
+    The kernels have a constant of this name, since jax_triton keeps compiled kernels by their
+    constants.
+    """
+    library = _jax_triton().triton_lib
+    primitive = jex.core.Primitive("rbf_triton_call")
+    primitive.multiple_results = True
+    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+    primitive.def_abstract_eval(library.triton_kernel_call_abstract_eval)
+
+    def lower(context, *arrays, MAX_REGISTERS, **parameters):
+        def backend(device, compute_capability):
+            backend = library.get_cuda_backend(device, compute_capability)
+            parse = backend.parse_options
+            backend.parse_options = lambda given: parse({**given, "maxnreg": MAX_REGISTERS})
+            return backend
+
+        parameters["MAX_REGISTERS"] = MAX_REGISTERS
+        return library.triton_kernel_call_lowering(backend, context, *arrays, **parameters)
+
+    mlir.register_lowering(primitive, lower, platform="cuda")
+
+    def no_forward_mode(*_, **__):
+        raise NotImplementedError(
+            "implementation='triton' has no forward-mode derivatives (jvp), nor derivatives of its "
+            "gradients; 'xla' has the jvp of gradients, 'reference' has all."
+        )
+
+    ad.primitive_jvps[primitive] = no_forward_mode
+    return primitive
 
 
 @functools.cache

@@ -36,6 +36,8 @@ class Tiles:
       num_stages: depth of the software pipeline of its loops, 1 for none.
       heads_at_once: heads that neighbouring programs work on, so that their keys and values stay in
         the L2 cache.
+      max_registers: limit of registers per thread, so that more programs fit on a multiprocessor;
+        None leaves it to the compiler.
     """
 
     block_q: int
@@ -43,6 +45,7 @@ class Tiles:
     num_warps: int
     num_stages: int
     heads_at_once: int = 1
+    max_registers: int | None = None
 
     def __post_init__(self):
         for name in ("block_q", "block_k"):
@@ -52,6 +55,9 @@ class Tiles:
                 )
         if not _power_of_two(self.num_warps, 1, 16):
             raise ValueError(f"num_warps={self.num_warps!r} must be a power of two up to 16.")
+        limit = self.max_registers
+        if limit is not None and not (isinstance(limit, int) and 32 <= limit <= 255):
+            raise ValueError(f"max_registers={limit!r} must be None or an int from 32 to 255.")
         for name in ("num_stages", "heads_at_once"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -162,17 +168,29 @@ def default_tiles(name: Pass, head_dim: int, dtype: str, compute_capability: int
     return tiles
 
 
+def shared_memory_limit(compute_capability: int) -> int:
+    """Bytes of shared memory that one program may have on a GPU of this capability, times ten."""
+    return _SHARED_MEMORY.get(compute_capability, _LEAST_SHARED_MEMORY)
+
+
 def shared_memory(name: Pass, tiles: Tiles, head_dim: int, dtype: str) -> int:
-    """An upper estimate of a program's shared memory, in bytes; tests hold it against Triton's."""
-    size = 4 if dtype == "float32" else 2
+    """An upper bound of a program's shared memory in bytes, on any GPU; tests hold it to Triton's.
+
+    A program keeps the vectors of its own tile, and a ring of `num_stages` tiles of those that move
+    past; with no ring, Triton changes layouts through as much. What is multiplied as tf32x3 may be
+    there twice, its high parts and its low ones.
+    """
+    wide = dtype == "float32"
     kept, moving = tiles.block_q, tiles.block_k
     if name == "keys":
         kept, moving = moving, kept
-    operands = 1 if name == "forward" else 2
-    vectors = kept * operands + 2 * moving * tiles.num_stages
-    numbers = 2 * moving * tiles.num_stages + 1024
-    square = tiles.block_q * tiles.block_k
-    return size * (vectors * head_dim + square) + 4 * numbers
+    kept_arrays = (1 if name == "forward" else 2) * (2 if wide else 1)
+    vectors = kept * kept_arrays + 2 * moving * max(tiles.num_stages, 2)
+    numbers = vectors * padded_head_dim(head_dim)
+    if wide and name == "keys":  # the weights and their gradients
+        numbers += 2 * tiles.block_q * tiles.block_k
+    one_per_row = 2 * moving * tiles.num_stages
+    return (4 if wide else 2) * numbers + 4 * one_per_row + 1024
 
 
 def _power_of_two(value, least: int, most: int) -> bool:
