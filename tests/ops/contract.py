@@ -28,6 +28,8 @@ class Subject:
       dtypes: the names of the dtypes it takes.
       logsumexp: whether it returns one.
       gamma_gradient: whether γ is differentiable.
+      bounded: names of the dtypes in which weights are measured from a bound instead of the row's
+        largest logit, so that a weight of 1 is rounded too.
     """
 
     name: str
@@ -37,7 +39,15 @@ class Subject:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
     logsumexp: bool = True
     gamma_gradient: bool = True
+    bounded: tuple[str, ...] = ()
 
+
+TRITON = Subject(
+    "triton",
+    functools.partial(rbf_attention, implementation="triton"),
+    dtypes=("float32", "bfloat16", "float16"),
+    bounded=("bfloat16",),
+)
 
 CUDNN_REFUSES = frozenset(
     {"array_gamma", "mask", "lengths", "segments", "alibi", "sink", "two_sided_window"}
@@ -73,6 +83,7 @@ def _subjects():
     yield Subject("xla", functools.partial(rbf_attention, implementation="xla"))
     yield Subject("cudnn arithmetic", _cudnn_arithmetic, **_CUDNN)
     if jax.default_backend() == "gpu":
+        yield TRITON
         yield Subject(
             "cudnn",
             functools.partial(rbf_attention, implementation="cudnn"),
@@ -114,7 +125,7 @@ def run(subject: Subject, case: Case, dtype, seed=0) -> oracle_lib.Results:
 
 @functools.lru_cache(maxsize=512)
 def expected(case: Case, dtype_name: str, with_logsumexp: bool, seed: int):
-    """The oracle's results and scales, and the plain formula's, for a case."""
+    """The oracle's results, scales and roundings, and the plain formula's results, for a case."""
     arrays = list(case.arrays(jnp.dtype(dtype_name), seed))
     if not with_logsumexp:
         arrays[-1] = jnp.zeros_like(arrays[-1])
@@ -126,10 +137,11 @@ def violations(subject: Subject, case: Case, dtype_name: str, seed=0) -> list[st
     """Says where the subject errs more than twice as much as the plain formula in its dtype.
 
     Errors are measured by the Euclidean norm and by the largest element. To twice the plain
-    formula's error comes what reordering sums may cost in the accumulation dtype.
+    formula's error comes what reordering sums may cost in the accumulation dtype, and what rounding
+    the weights costs where the subject does that on another scale than the plain formula.
     """
     got = run(subject, case, jnp.dtype(dtype_name), seed)
-    want, _, _ = expected(case, dtype_name, subject.logsumexp, seed)
+    want = expected(case, dtype_name, subject.logsumexp, seed)[0]
     found = []
     for name in want._fields:
         if name == "logsumexp" and not subject.logsumexp:
@@ -159,10 +171,13 @@ def violations(subject: Subject, case: Case, dtype_name: str, seed=0) -> list[st
 
 def _bound(subject, case, dtype_name, seed, name, measure) -> float:
     results = expected(case, dtype_name, subject.logsumexp, seed)
-    want, scale, plain = (getattr(x, name) for x in results)
+    want, scale, rounding, plain = (getattr(x, name) for x in results)
     accumulation = np.float64 if dtype_name == "float64" else np.float32
     nothing = np.isneginf(want)
     error = measure(np.abs(np.where(nothing, 0, plain - np.where(nothing, 0, want))))
     if not np.isfinite(error):  # the plain formula overflows: what its dtype's rounding would cost
         error = float(jnp.finfo(dtype_name).eps) * measure(np.where(nothing, 0, np.abs(want)))
-    return 2 * error + 2 * float(np.finfo(accumulation).eps) * measure(scale)
+    bound = 2 * error + 2 * float(np.finfo(accumulation).eps) * measure(scale)
+    if dtype_name in subject.bounded:
+        bound += float(jnp.finfo(dtype_name).eps) * measure(rounding)
+    return bound

@@ -10,6 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 
+# In nats: the largest bound of a row's logits that weights are measured from.
+LARGEST_BOUND = 2.0**13 * np.log(2)
+
+
 class Results(NamedTuple):
     """Output, logsumexp and the gradients for given cotangents of both."""
 
@@ -45,7 +49,7 @@ def allowed(shape, options):
     return result
 
 
-def oracle(*arrays, **options) -> tuple[Results, Results]:
+def oracle(*arrays, **options) -> tuple[Results, Results, Results]:
     """Everything in float64.
 
     Args:
@@ -54,7 +58,10 @@ def oracle(*arrays, **options) -> tuple[Results, Results]:
 
     Returns:
       The results, and for each of them the sum of the absolute values of the terms it is made of:
-      times the machine epsilon, that is what any order of summation may lose.
+      times the machine epsilon, that is what any order of summation may lose. Then what an output
+      that is off by ε of its terms does to each, in units of ε: where one weight is all, `plain` has
+      that weight and the output exactly, but not an implementation that rounds its weights while
+      they are measured from a bound. Only rows whose bound is small are counted.
     """
     return _formula(np.float64, lambda x: x, *arrays, **options)
 
@@ -64,7 +71,7 @@ def plain(*arrays, **options) -> Results:
     dtype = jnp.dtype(arrays[0].dtype)
     hold = np.float64 if dtype == np.float64 else np.float32
     with np.errstate(over="ignore", invalid="ignore"):
-        results, _ = _formula(hold, lambda x: x.astype(dtype).astype(hold), *arrays, **options)
+        results, *_ = _formula(hold, lambda x: x.astype(dtype).astype(hold), *arrays, **options)
     return Results(*(np.asarray(x, np.float64) for x in results))
 
 
@@ -134,8 +141,25 @@ def _formula(dtype, rounded, query, key, value, gamma, key_norm_weight, dout, dl
         (abs_ds * (2 * abs_products + np.abs(lam) * norms)).sum((0, 2, 3)),
         (abs_ds * g * norms).sum((0, 2, 3)),
     )
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bounded = (lam > 0) & (g * (q * q).sum(-1) / lam[..., 0] <= LARGEST_BOUND)[..., None]
+    rounded_p = np.where(bounded, p, 0)
+    rounded_out = rounded_p @ np.abs(v)
+    delta = (rounded_out * np.abs(do)).sum(-1, keepdims=True)
+    moved_ds = rounded_p * delta
+    moved_dsT = moved_ds.swapaxes(-1, -2)
+    rounding = (
+        rounded_out,
+        np.zeros_like(lse),
+        2 * g * (moved_ds @ np.abs(k)),
+        2 * g * (moved_dsT @ np.abs(q) + np.abs(lam) * moved_ds.sum(-2)[..., None] * np.abs(k)),
+        np.zeros_like(v),
+        (moved_ds * (2 * abs_products + np.abs(lam) * norms)).sum((0, 2, 3)),
+        (moved_ds * g * norms).sum((0, 2, 3)),
+    )
     heads = K, np.ndim(gamma), np.ndim(key_norm_weight)
-    return _public(heads, *results), _public(heads, *scales)
+    return _public(heads, *results), _public(heads, *scales), _public(heads, *rounding)
 
 
 def _public(heads, out, lse, dq, dk, dv, dgamma, dlambda) -> Results:

@@ -43,7 +43,7 @@ def test_identity_with_distances():
     """The oracle's reformulated logits are −γ‖q−k‖² up to what softmax ignores."""
     case = cases.BY_NAME["full"]
     q, k, v, gamma, weight, dout, dlogsumexp = case.arrays(np.float32)
-    results, _ = oracle(q, k, v, gamma, weight, dout, dlogsumexp)
+    results, *_ = oracle(q, k, v, gamma, weight, dout, dlogsumexp)
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     distances = ((q[:, :, None] - k[:, None]) ** 2).sum(-1)  # B T S N
     weights = np.exp(-gamma * distances)

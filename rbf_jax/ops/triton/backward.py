@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from rbf_jax.ops.triton.common import (
+    PARTS,
     aligned,
     key_range,
     load_mask,
@@ -288,7 +289,7 @@ def keys_kernel(
             mask_column_stride,
         )
         keys = (key, value)
-        sums = tl.zeros([BLOCK_K], tl.float32)
+        sums = tl.zeros([BLOCK_K, PARTS], tl.float32)
         state = (dk, dv, sums)
         if RULES.any_pair:
             state = _add_queries(
@@ -308,6 +309,7 @@ def keys_kernel(
                 state, inner_stop, stop, keys, queries, numbers, where, masking, RULES, False
             )
         dk, dv, sums = state
+        sums = tl.sum(sums, 1)
         norm_part += sums * (2 * LN2 * norm_weight)
         sums_ptr = column_sums_ptr + (batch * N + head) * S
         tl.store(sums_ptr + columns, sums, mask=columns < S)
@@ -342,6 +344,7 @@ def _add_queries(
     query_segments_ptr, column_segments, mask_ptr, row_stride, column_stride = masking
     ROW: tl.constexpr = RULES.num_heads * RULES.head_dim
     BLOCK_Q: tl.constexpr = tile_offsets.shape[0]
+    BLOCK_K: tl.constexpr = key.shape[0]
     for block in tl.range(begin // BLOCK_Q, tl.cdiv(end, BLOCK_Q)):
         at = block * BLOCK_Q
         rows = at + tl.arange(0, BLOCK_Q)
@@ -380,6 +383,6 @@ def _add_queries(
             dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="tf32x3")
             dweights = tl.dot(value, tl.trans(dout), input_precision="tf32x3")
             dlogits = weights * (dweights - delta[None, :])
-            sums += tl.sum(dlogits, 1)
+            sums += tl.sum(tl.reshape(dlogits, [BLOCK_K, BLOCK_Q // PARTS, PARTS]), 1)
             dk = tl.dot(dlogits.to(query.dtype), query, dk, input_precision="tf32x3")
     return dk, dv, sums

@@ -13,6 +13,9 @@ import triton.language as tl
 # Rows of float32 arrays that hold one number per query or key are this long, or a multiple of it,
 # so that they can be read 16 bytes at a time.
 ALIGNMENT = tl.constexpr(16)
+# The sum of a row of a tile is kept in this many parts, those that a thread holds, and added up
+# at the end: adding across threads for every tile costs time.
+PARTS = tl.constexpr(8)
 
 
 @dataclasses.dataclass(frozen=True)

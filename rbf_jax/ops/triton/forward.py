@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from rbf_jax.ops.triton.common import (
+    PARTS,
     aligned,
     key_range,
     load_mask,
@@ -31,9 +32,6 @@ from rbf_jax.ops.triton.common import (
 SMALLEST_SUM = tl.constexpr(2.0**-80)
 # Subtracting R in float32 costs up to R·2^-24.
 LARGEST_REFERENCE = tl.constexpr(2.0**13)
-# The sum of a row's weights is kept in parts, those of a thread, and added up at the end: adding
-# across threads for every tile costs time.
-PARTS = tl.constexpr(8)
 
 
 @triton.jit

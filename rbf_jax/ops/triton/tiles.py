@@ -21,6 +21,18 @@ PASSES: tuple[Pass, ...] = ("forward", "queries", "keys")
 # taken to have the least.
 _SHARED_MEMORY = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
 _LEAST_SHARED_MEMORY = 101_376
+# Without an entry in the tuned table: (block_q, block_k, warps) by H up to 64, 128 and 256, chosen so
+# that the compiler spills few registers or none on any GPU from compute capability 8.0.
+_DEFAULTS: dict[Pass, tuple[tuple[int, int, int], ...]] = {
+    "forward": ((128, 64, 8), (128, 32, 8), (64, 32, 8)),
+    "queries": ((64, 64, 4), (64, 64, 8), (64, 32, 8)),
+    "keys": ((32, 64, 4), (32, 64, 8), (32, 32, 8)),
+}
+_FLOAT32_DEFAULTS: dict[Pass, tuple[tuple[int, int, int], ...]] = {
+    "forward": ((64, 32, 4), (32, 32, 8), (16, 16, 4)),
+    "queries": ((32, 32, 4), (16, 32, 8), (16, 16, 8)),
+    "keys": ((32, 32, 8), (16, 16, 8), (16, 16, 8)),
+}
 # Lengths up to each limit share an entry of the table.
 LENGTH_CLASSES = {"short": 1024, "medium": 4096}
 
@@ -146,20 +158,11 @@ def tuned_table() -> tuple[dict, ...]:
 
 def default_tiles(name: Pass, head_dim: int, dtype: str, compute_capability: int) -> Tiles:
     """Tiles that fit into the shared memory of any GPU of this compute capability."""
-    wide = dtype == "float32"
-    limit = _SHARED_MEMORY.get(compute_capability, _LEAST_SHARED_MEMORY)
+    by_head_dim = (_FLOAT32_DEFAULTS if dtype == "float32" else _DEFAULTS)[name]
     H = padded_head_dim(head_dim)
-    if wide:
-        block_q, block_k, num_warps = (64, 32, 4) if H <= 64 else (32, 32, 4)
-    elif H <= 64:
-        block_q, block_k, num_warps = (128, 64, 8) if name == "forward" else (64, 64, 4)
-    elif H <= 128:
-        block_q, block_k, num_warps = 64, 64, 4
-    else:
-        block_q, block_k, num_warps = 64, 32, 4
-    tiles = Tiles(block_q, block_k, num_warps, 3)
-    while shared_memory(name, tiles, H, dtype) > limit:
-        if tiles.num_stages > 1:
+    tiles = Tiles(*by_head_dim[0 if H <= 64 else 1 if H <= 128 else 2], num_stages=3)
+    while shared_memory(name, tiles, H, dtype) > shared_memory_limit(compute_capability):
+        if tiles.num_stages > 2:  # with fewer, loads would wait for the arithmetic
             tiles = dataclasses.replace(tiles, num_stages=tiles.num_stages - 1)
         elif tiles.block_q >= tiles.block_k:
             tiles = dataclasses.replace(tiles, block_q=tiles.block_q // 2)
@@ -177,20 +180,23 @@ def shared_memory(name: Pass, tiles: Tiles, head_dim: int, dtype: str) -> int:
     """An upper bound of a program's shared memory in bytes, on any GPU; tests hold it to Triton's.
 
     A program keeps the vectors of its own tile, and a ring of `num_stages` tiles of those that move
-    past; with no ring, Triton changes layouts through as much. What is multiplied as tf32x3 may be
-    there twice, its high parts and its low ones.
+    past; with no ring, Triton changes layouts through as much. The operands of tf32x3, high and low
+    parts, may be there again: all of them where a warp group multiplies, from 64 rows.
     """
     wide = dtype == "float32"
     kept, moving = tiles.block_q, tiles.block_k
     if name == "keys":
         kept, moving = moving, kept
-    kept_arrays = (1 if name == "forward" else 2) * (2 if wide else 1)
-    vectors = kept * kept_arrays + 2 * moving * max(tiles.num_stages, 2)
+    again = 0
+    if wide:
+        again = kept if kept >= 64 else max(kept - moving, 0)
+    vectors = (kept + again) * (1 if name == "forward" else 2)
+    vectors += 2 * moving * max(tiles.num_stages, 2)
     numbers = vectors * padded_head_dim(head_dim)
     if wide and name == "keys":  # the weights and their gradients
         numbers += 2 * tiles.block_q * tiles.block_k
     one_per_row = 2 * moving * tiles.num_stages
-    return (4 if wide else 2) * numbers + 4 * one_per_row + 1024
+    return (4 if wide else 2) * numbers + 4 * one_per_row + 512
 
 
 def _power_of_two(value, least: int, most: int) -> bool:

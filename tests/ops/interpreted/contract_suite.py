@@ -1,18 +1,14 @@
 """The contract suite on implementation="triton", by Triton's interpreter."""
 
-import functools
-
 import pytest
 
 import tests.ops.triton_interpreter  # noqa: F401 (before Triton)
-from rbf_jax import rbf_attention
 from tests.ops import cases, contract
 
-SUBJECT = contract.Subject("triton", functools.partial(rbf_attention, implementation="triton"))
 RUNS = [
     (case, dtype)
     for case in cases.CASES
-    for dtype in ("float32", "bfloat16", "float16")
+    for dtype in contract.TRITON.dtypes
     if dtype == "float32" or case.name in cases.IN_16_BITS
 ]
 # Every second one is "even" by name, so that two processes can share them.
@@ -21,4 +17,4 @@ IDS = [f"{('even', 'odd')[i % 2]}-{c.name}-{dtype}" for i, (c, dtype) in enumera
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS, ids=IDS)
 def test_values_and_gradients(case, dtype):
-    assert not contract.violations(SUBJECT, case, dtype)
+    assert not contract.violations(contract.TRITON, case, dtype)
