@@ -143,7 +143,7 @@ def _formula(dtype, rounded, query, key, value, gamma, key_norm_weight, dout, dl
     )
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        bounded = (lam > 0) & (g * (q * q).sum(-1) / lam[..., 0] <= LARGEST_BOUND)[..., None]
+        bounded = (lam > 0) & (g[..., 0] * (q * q).sum(-1) / lam[..., 0] <= LARGEST_BOUND)[..., None]
     rounded_p = np.where(bounded, p, 0)
     rounded_out = rounded_p @ np.abs(v)
     delta = (rounded_out * np.abs(do)).sum(-1, keepdims=True)

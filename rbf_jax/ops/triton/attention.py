@@ -138,6 +138,14 @@ class _Call:
         sets = (self.shared.gamma, self.shared.key_norm_weight, self.shared.slopes)
         return max(x.shape[0] for x in sets if x is not None)
 
+    def visible_keys(self) -> int:
+        """The most keys that position and window let a row attend to."""
+        options = self.plan.options
+        if options.window is None:
+            return self.S
+        left, right = options.window
+        return min(self.S, left + 1 + (0 if options.is_causal else right))
+
     def tiles(self, name: Pass) -> Tiles:
         """The tiles of a pass."""
         return dict(self.plan.overrides).get(name) or choose(
@@ -214,8 +222,9 @@ def _forward_pass(call: _Call) -> tuple[jax.Array, jax.Array]:
     bounds = _segment_bounds(full.query_segments, full.key_segments, tiles.block_q, tiles.block_k)
     num_tiles = call.B * call.N * _cdiv(call.T, tiles.block_q)
     # float16 weights vanish below 2⁻²⁴ unless they are measured from the largest; float32 is not
-    # worth the loss of accuracy in subtracting the bound.
-    online = full.query.dtype != jnp.bfloat16
+    # worth the loss of accuracy in subtracting the bound. Where a row sees a block of keys at most,
+    # there is nothing to rescale.
+    online = full.query.dtype != jnp.bfloat16 or call.visible_keys() <= tiles.block_k
     out_shapes = [
         jax.ShapeDtypeStruct(full.query.shape, full.query.dtype),
         jax.ShapeDtypeStruct((call.B, call.N, _aligned(call.T)), jnp.float32),

@@ -5,6 +5,7 @@ Only bfloat16 has one; the other dtypes run the same inputs without.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Literal
 
@@ -162,8 +163,7 @@ def test_without_the_gate_it_is_wrong(name, monkeypatch):
     assert found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "dtype"), zip(CASES, itertools.cycle(["float32", "float16"])))
 def test_dtypes_without_a_gate(case, dtype):
     found, flags = run(case, dtype)
     assert not found
