@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, overload
 
@@ -164,7 +165,10 @@ def rbf_attention(
         origin_sink=validate.boolean("origin_sink", origin_sink),
         return_residual=validate.boolean("return_residual", return_residual),
         shared_key_norm_weight=np.ndim(key_norm_weight) == 0,
-        static_gamma=validate.static_gamma(gamma, inputs.query.shape[-1]),
+        static_gamma=validate.static_number(
+            1 / math.sqrt(inputs.query.shape[-1]) if gamma is None else gamma
+        ),
+        static_key_norm_weight=validate.static_number(key_norm_weight),
     )
     out, logsumexp = _choose(implementation, inputs, masking, options)(inputs, masking, options)
     if unbatched:
@@ -194,9 +198,13 @@ def _choose(implementation: str | None, inputs: Inputs, masking: Masking, option
 
 
 def _best(inputs: Inputs, masking: Masking, options: Options):
-    """The first of Triton and cuDNN that supports the call, else XLA, which supports all."""
+    """The first of Triton and cuDNN that supports the call, else XLA, which supports all.
+
+    Without key norms this is the dot product for which cuDNN is made, so that then comes first.
+    """
     refused = []
-    for name in ("triton", "cudnn"):
+    no_norms = options.static_key_norm_weight == 0
+    for name in ("cudnn", "triton") if no_norms else ("triton", "cudnn"):
         reason = _BACKENDS[name].unsupported(inputs, masking, options)
         if reason is None:
             _log_choice(f"takes {name!r} where the program is compiled for CUDA, else 'xla'")

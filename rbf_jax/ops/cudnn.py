@@ -3,7 +3,7 @@
 2γ q·k − λγ‖k‖² = 2γ [q, a, b, c]·[k, h, m, l] where a·h + b·m + c·l = −λ‖k‖²/2 and a, b, c are
 powers of two: the norm is split into three parts of the input's own 16-bit dtype, which together
 hold about the 24 bits of a float32. cuDNN wants head dimensions in multiples of 8, so 5 zeros
-follow where H is one.
+follow where H is one. Where λ is known to be 0 there are no norms, and none of this.
 
 cuDNN applies the scale 2γ as one number known when compiling, so γ must be such a number. Its
 backward pass wants even lengths: an odd one gets one more query, whose output is dropped, or one
@@ -88,10 +88,18 @@ def augment(inputs: Inputs, options: Options) -> tuple[jax.Array, jax.Array, jax
     Returns:
       query (B, T', N, H'), key and value (B, S', K', H'). H' is H + 3 rounded up to a multiple of
       8, T' and S' are T and S rounded up to even. K' = K, or N where λ is given per query head:
-      the heads of a group then differ in their norms.
+      the heads of a group then differ in their norms. As they are where λ = 0 and nothing is to be
+      rounded up.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
     N, K, H = query.shape[2], key.shape[2], query.shape[3]
+    lengths = query.shape[1], key.shape[1]
+    if (
+        options.static_key_norm_weight == 0
+        and not any(x % 2 for x in lengths)
+        and not H % _MULTIPLE
+    ):
+        return query, key, value
     if options.shared_key_norm_weight:
         key_norm_weight = inputs.key_norm_weight[0]
     else:

@@ -59,6 +59,7 @@ class Options:
       shared_key_norm_weight: λ was given as one number for all heads.
       static_gamma: γ where it is one number known while tracing, else None. ``Inputs.gamma``
         holds γ in either case.
+      static_key_norm_weight: λ likewise.
     """
 
     is_causal: bool = False
@@ -67,6 +68,7 @@ class Options:
     return_residual: bool = False
     shared_key_norm_weight: bool = True
     static_gamma: float | None = None
+    static_key_norm_weight: float | None = None
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -113,13 +113,11 @@ def window(value: Any, longest: int) -> tuple[int, int] | None:
     return min(int(pair[0]), longest), min(int(pair[1]), longest)
 
 
-def static_gamma(gamma: Any, head_dim: int) -> float | None:
-    """Returns γ as a Python float where it is a scalar known when tracing, else None."""
-    if gamma is None:
-        return 1 / math.sqrt(head_dim)
-    if isinstance(gamma, jax.core.Tracer) or np.ndim(gamma) > 0:
+def static_number(value: Any) -> float | None:
+    """Returns a scalar that is known when tracing as a Python float, else None."""
+    if isinstance(value, jax.core.Tracer) or np.ndim(value) > 0:
         return None
-    return float(gamma)
+    return float(value)
 
 
 def _query_key_value(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array, bool]:

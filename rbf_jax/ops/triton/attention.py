@@ -25,8 +25,8 @@ _LN2 = 0.6931471805599453
 _LARGEST_HEAD_DIM = 256
 # Rows of numbers, one per query or key, are multiples of this long (`common.ALIGNMENT`).
 _ALIGNMENT = 16
-# Programs that look for tiles which the gate must do again: about two on each multiprocessor.
-_GATE_PROGRAMS = 256
+# Programs that look for tiles which the gate must do again.
+_GATE_PROGRAMS = 512
 
 
 def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | None:
@@ -95,8 +95,13 @@ def _split(inputs: Inputs, masking: Masking) -> tuple[_Full, _Shared]:
 
 
 def _plan(options: Options) -> _Plan:
+    weight = options.static_key_norm_weight
     needed = Options(
-        options.is_causal, options.window, options.origin_sink, options.return_residual
+        options.is_causal,
+        options.window,
+        options.origin_sink,
+        options.return_residual,
+        static_key_norm_weight=0.0 if weight is not None and weight <= 0 else None,
     )
     return _Plan(needed, overridden(), launch.target())
 
@@ -138,13 +143,20 @@ class _Call:
         sets = (self.shared.gamma, self.shared.key_norm_weight, self.shared.slopes)
         return max(x.shape[0] for x in sets if x is not None)
 
-    def visible_keys(self) -> int:
-        """The most keys that position and window let a row attend to."""
-        options = self.plan.options
-        if options.window is None:
-            return self.S
-        left, right = options.window
-        return min(self.S, left + 1 + (0 if options.is_causal else right))
+    def online(self, tiles: Tiles) -> bool:
+        """Whether the forward pass takes online softmax from the start.
+
+        float16 weights vanish below 2⁻²⁴ unless they are measured from the largest; float32 is not
+        worth the accuracy lost in subtracting a bound; without λ > 0 there is no bound; and where
+        a row sees a block of keys at most, there is nothing to rescale.
+        """
+        options, visible = self.plan.options, self.S
+        if options.window is not None:
+            left, right = options.window
+            visible = min(visible, left + 1 + (0 if options.is_causal else right))
+        no_bound = options.static_key_norm_weight is not None
+        bfloat16 = self.full.query.dtype == jnp.bfloat16
+        return not bfloat16 or no_bound or visible <= tiles.block_k
 
     def tiles(self, name: Pass) -> Tiles:
         """The tiles of a pass."""
@@ -221,10 +233,7 @@ def _forward_pass(call: _Call) -> tuple[jax.Array, jax.Array]:
     full, tiles = call.full, call.tiles("forward")
     bounds = _segment_bounds(full.query_segments, full.key_segments, tiles.block_q, tiles.block_k)
     num_tiles = call.B * call.N * _cdiv(call.T, tiles.block_q)
-    # float16 weights vanish below 2⁻²⁴ unless they are measured from the largest; float32 is not
-    # worth the loss of accuracy in subtracting the bound. Where a row sees a block of keys at most,
-    # there is nothing to rescale.
-    online = full.query.dtype != jnp.bfloat16 or call.visible_keys() <= tiles.block_k
+    online = call.online(tiles)
     out_shapes = [
         jax.ShapeDtypeStruct(full.query.shape, full.query.dtype),
         jax.ShapeDtypeStruct((call.B, call.N, _aligned(call.T)), jnp.float32),
