@@ -257,6 +257,7 @@ def _forward_pass(call: _Call) -> tuple[jax.Array, jax.Array]:
         programs=min(num_tiles, _GATE_PROGRAMS),
         tiles=tiles,
         grouped=False,
+        FLAGS_PER_PROGRAM=_power_of_two(_cdiv(num_tiles, _GATE_PROGRAMS)),
         aliases={len(arrays) - 2: 0, len(arrays) - 1: 1},
     )
     return out, logsumexp
@@ -403,3 +404,8 @@ def _aligned(length: int) -> int:
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _power_of_two(number: int) -> int:
+    """The next one that is not smaller."""
+    return 1 << (number - 1).bit_length()

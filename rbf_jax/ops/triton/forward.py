@@ -135,6 +135,7 @@ def gate_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    FLAGS_PER_PROGRAM: tl.constexpr,  # a power of two, enough for all
     MAX_REGISTERS: tl.constexpr,  # read by launch.py
 ):
     """Does the flagged tiles again; a few programs look through all flags."""
@@ -155,7 +156,11 @@ def gate_kernel(
         mask_ptr,
     )
     num_tiles = tl.cdiv(T, BLOCK_Q)
-    for index in tl.range(tl.program_id(0), num_flags, tl.num_programs(0)):
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    indices = program + tl.arange(0, FLAGS_PER_PROGRAM) * num_programs
+    flags = tl.load(flags_ptr + indices, mask=indices < num_flags, other=0)
+    stop = tl.where(tl.max(flags) > 0, num_flags, 0)  # mostly there is nothing to do
+    for index in tl.range(program, stop, num_programs):
         if tl.load(flags_ptr + index) != 0:
             _do_tile(
                 index % num_tiles,
