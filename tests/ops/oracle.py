@@ -70,8 +70,14 @@ def plain(*arrays, **options) -> Results:
     """The same formula with every step rounded to the query's dtype; products of matrices once."""
     dtype = jnp.dtype(arrays[0].dtype)
     hold = np.float64 if dtype == np.float64 else np.float32
+
+    def rounded(x):
+        return x.astype(dtype).astype(hold)
+
     with np.errstate(over="ignore", invalid="ignore"):
-        results, *_ = _formula(hold, lambda x: x.astype(dtype).astype(hold), *arrays, **options)
+        results, *_ = _formula(hold, rounded, *arrays, **options)
+        # The heads of a group were summed since.
+        results = results._replace(key=rounded(results.key), value=rounded(results.value))
     return Results(*(np.asarray(x, np.float64) for x in results))
 
 
@@ -143,7 +149,8 @@ def _formula(dtype, rounded, query, key, value, gamma, key_norm_weight, dout, dl
     )
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        bounded = (lam > 0) & (g[..., 0] * (q * q).sum(-1) / lam[..., 0] <= LARGEST_BOUND)[..., None]
+        bounds = g * (q * q).sum(-1, keepdims=True) / lam
+    bounded = (lam > 0) & (bounds <= LARGEST_BOUND)
     rounded_p = np.where(bounded, p, 0)
     rounded_out = rounded_p @ np.abs(v)
     delta = (rounded_out * np.abs(do)).sum(-1, keepdims=True)
