@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-
 # In nats: the largest bound of a row's logits that weights are measured from.
 LARGEST_BOUND = 2.0**13 * np.log(2)
 
@@ -59,9 +58,9 @@ def oracle(*arrays, **options) -> tuple[Results, Results, Results]:
     Returns:
       The results, and for each of them the sum of the absolute values of the terms it is made of:
       times the machine epsilon, that is what any order of summation may lose. Then what an output
-      that is off by ε of its terms does to each, in units of ε: where one weight is all, `plain` has
-      that weight and the output exactly, but not an implementation that rounds its weights while
-      they are measured from a bound. Only rows whose bound is small are counted.
+      that is off by ε of its terms does to each, in units of ε: where one weight is all, `plain`
+      has that weight and the output exactly, but not an implementation that rounds its weights
+      while they are measured from a bound. Only rows whose bound is small are counted.
     """
     return _formula(np.float64, lambda x: x, *arrays, **options)
 

@@ -116,7 +116,7 @@ CASES = [
     case("row_masked", "some", mask=fully_masked_rows),
     case("queries_beyond", "none", query_seq_lengths=lambda *_: np.array([20])),
     case("no_keys", "all", key_value_seq_lengths=lambda *_: np.array([0])),
-    case("window_far", "some", some_far, local_window_size=(7, 3)),
+    case("window_far", "some", some_far, local_window_size=(20, 9)),
     case("window_far_slopes", "some", some_far, alibi_slopes=lambda *_: np.array([0.0, 0.5])),
 ]
 
@@ -163,7 +163,9 @@ def test_without_the_gate_it_is_wrong(name, monkeypatch):
     assert found
 
 
-@pytest.mark.parametrize(("case", "dtype"), zip(CASES, itertools.cycle(["float32", "float16"])))
+@pytest.mark.parametrize(
+    ("case", "dtype"), list(zip(CASES, itertools.cycle(["float32", "float16"])))
+)
 def test_dtypes_without_a_gate(case, dtype):
     found, flags = run(case, dtype)
     assert not found
