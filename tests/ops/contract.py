@@ -30,6 +30,7 @@ class Subject:
       gamma_gradient: whether γ is differentiable.
       bounded: names of the dtypes in which weights are measured from a bound instead of the row's
         largest logit, so that a weight of 1 is rounded too.
+      prepare: called between compiling a test and running it.
     """
 
     name: str
@@ -40,6 +41,18 @@ class Subject:
     logsumexp: bool = True
     gamma_gradient: bool = True
     bounded: tuple[str, ...] = ()
+    prepare: Callable[[], None] = lambda: None
+
+
+def poison():
+    """Fills free memory of the GPU with what is NaN in every dtype, so that outputs start as NaN.
+
+    Large and small pieces, since memory is given out from the piece that fits best.
+    """
+    pieces = [jnp.full(2**n, 0xFF, jnp.uint8) for n in (29, 26, 22, 18, 14, 10) for _ in range(4)]
+    jax.block_until_ready(pieces)
+    for piece in pieces:
+        piece.delete()
 
 
 TRITON = Subject(
@@ -47,6 +60,7 @@ TRITON = Subject(
     functools.partial(rbf_attention, implementation="triton"),
     dtypes=("float32", "bfloat16", "float16"),
     bounded=("bfloat16",),
+    prepare=poison if jax.default_backend() == "gpu" else lambda: None,
 )
 
 CUDNN_REFUSES = frozenset(
@@ -119,7 +133,10 @@ def run(subject: Subject, case: Case, dtype, seed=0) -> oracle_lib.Results:
 
     if not subject.logsumexp:
         dlogsumexp = jnp.zeros_like(dlogsumexp)
-    results = everything(q, k, v, gamma, key_norm_weight, dout, dlogsumexp)
+    arrays = q, k, v, gamma, key_norm_weight, dout, dlogsumexp
+    compiled = everything.lower(*arrays).compile()
+    subject.prepare()
+    results = compiled(*arrays)
     return oracle_lib.Results(*(np.asarray(x, np.float64) for x in results))
 
 
@@ -160,8 +177,13 @@ def violations(subject: Subject, case: Case, dtype_name: str, seed=0) -> list[st
         draws = range(seed, seed + (8 if name in ("gamma", "key_norm_weight") else 1))
         for measure in (np.linalg.norm, np.max):
             error = measure(np.abs(np.where(nothing, 0, a - np.where(nothing, 0, b))))
-            bound = max(_bound(subject, case, dtype_name, draw, name, measure) for draw in draws)
-            if not error <= bound:
+            bounds = []
+            for draw in draws:
+                bounds.append(_bound(subject, case, dtype_name, draw, name, measure))
+                if error <= bounds[-1]:
+                    break
+            else:
+                bound = max(bounds)
                 found.append(
                     f"{name}: {measure.__name__} of the error {error:.3g} exceeds {bound:.3g} "
                     f"(result {measure(np.abs(np.where(nothing, 0, b))):.3g})"

@@ -86,14 +86,14 @@ def drawn_case(draw):
     case = cases.case(
         "drawn", T=T, S=S, B=B, N=N, K=K, H=H, per_head=draw(st.booleans()), norm=draw(NORMS)
     )
-    return dataclasses.replace(case, options=tuple((k, _Constant(v)) for k, v in options.items()))
+    return dataclasses.replace(case, options=tuple((k, Constant(v)) for k, v in options.items()))
 
 
 NORMS = st.sampled_from([1e-2, 1.0, 30.0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Constant:
+class Constant:
     """An option's value, hashable by identity, as `Case` wants it."""
 
     value: object

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rbf_jax.ops.triton import gate
 from rbf_jax.ops.triton.common import (
     PARTS,
     aligned,
@@ -27,11 +28,8 @@ from rbf_jax.ops.triton.common import (
     within_segments,
 )
 
-# exp2 gives 0 below 2^-126. Where a row's sum is above this, all that up to 2^22 keys lost to
-# that is less than the rounding of float32.
-SMALLEST_SUM = tl.constexpr(2.0**-80)
-# Subtracting R in float32 costs up to R·2^-24.
-LARGEST_REFERENCE = tl.constexpr(2.0**13)
+SMALLEST_SUM = tl.constexpr(gate.SMALLEST_SUM)
+LARGEST_REFERENCE = tl.constexpr(gate.LARGEST_REFERENCE)
 
 
 @triton.jit
