@@ -37,7 +37,8 @@ test: check
 
 # On a machine with an NVIDIA GPU, with whatever Python holds its JAX: make test-gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
-# What needs no GPU is left to make test. GPU_PYTEST='-n 8' shares the work where pytest-xdist is.
+# What needs no GPU is left to make test. GPU_PYTEST='-n 8' shares the work where pytest-xdist is
+# (with '-p no:benchmark' where pytest-benchmark is too).
 GPU_PYTEST ?=
 test-gpu:
 	XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest tests/ops $(GPU_PYTEST) \

@@ -2,7 +2,7 @@
 
 Keys so far that all weights underflow unless they are measured from the largest, one near key among
 far ones, norms from 1e-4 to 1e4, equal keys, λ that gives no bound or a useless one, a sink far
-below the bound.
+below the bound, values whose sums overflow.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ from tests.ops import cases
 class Adversarial(cases.Case):
     """A case that says of how many tiles of 16 queries and 16 keys the gate must be taken.
 
-    `change` makes other queries and keys of the drawn ones; `weight` is λ.
+    `change` makes other queries and keys of the drawn ones; `weight` is λ, `values` what the drawn
+    values are multiplied by.
     """
 
     T: int = 48
@@ -29,13 +30,16 @@ class Adversarial(cases.Case):
     gate: Literal["all", "some", "none"] = "all"
     change: Callable | None = None
     weight: float | None = None
+    values: float = 1.0
 
+    @cases.on_cpu
     def arrays(self, dtype, seed=0):
         query, key, *rest = super().arrays(dtype, seed)
         if self.change is not None:
             query, key = (x.astype(dtype) for x in self.change(query, key))
         if self.weight is not None:
             rest[2] = np.float32(self.weight)
+        rest[0] = rest[0] * jnp.asarray(self.values, dtype)
         return query, key, *rest
 
 
@@ -95,6 +99,7 @@ CASES = [
     case("norms_1e2", "all", norm=1e2),
     case("norms_1e4", "all", norm=1e4 / 4),
     case("equal_near", "none", near(equal, 0.5)),
+    case("equal_further", "none", near(equal, 3.0)),
     case("equal_far", "all", near(equal, 16.0)),
     case("equal_keys_and_queries", "none", equal_both),
     case("opposite", "all", opposite, norm=5.0),
@@ -108,6 +113,9 @@ CASES = [
     case("sink", "none", origin_sink=True),
     case("sink_far_below_the_bound", "all", near(equal, 16.0), origin_sink=True, norm=10.0),
     case("sink_beside_near_keys", "none", near(sphere, 100.0), origin_sink=True),
+    case("huge_values", "all", values=1e30),
+    case("large_values", "none", values=1e12),
+    case("small_values_of_keys_further", "none", near(equal, 3.0), values=1e-15),
     case("row_masked", "some", mask=fully_masked_rows),
     case("queries_beyond", "none", query_seq_lengths=lambda *_: np.array([20])),
     case("no_keys", "all", key_value_seq_lengths=lambda *_: np.array([0])),

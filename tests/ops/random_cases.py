@@ -98,6 +98,7 @@ def make(seed):
         gamma=None if random.random() < 0.6 else float(10 ** random.uniform(-2, 1)),
         per_head=static["per_head"],
         weight=None if static["per_head"] else float(random.choice([1, 1, 1, 0.3, 1e-3, 0, -0.5])),
+        values=float(random.choice([1, 1, 1, 10**largest, 10.0**-largest])),
         options=tuple((name, Constant(x)) for name, x in options.items()),
     )
     assert isinstance(case, cases.Case)
@@ -121,6 +122,7 @@ def describe(case):
     """The case in a few words."""
     shapes = ", ".join(f"{name}={getattr(case, name)}" for name in "BTSNKH")
     numbers = f"norm={case.norm:.3g}, offset={case.offset}, gamma={case.gamma}, λ={case.weight}"
+    numbers += f", values={case.values:g}"
     options = {name: np.shape(x()) or x() for name, x in case.options}
     return f"{shapes}, {numbers}, {options}"
 

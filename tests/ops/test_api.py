@@ -123,6 +123,8 @@ def test_default_follows_the_platform_that_compiles(monkeypatch):
 
 def test_choice_is_logged_once(caplog, monkeypatch):
     monkeypatch.setattr("rbf_jax.ops.cudnn._has_nvidia_gpu", lambda: True)
+    reason = "needs an NVIDIA GPU, and JAX's default backend is cpu"
+    monkeypatch.setattr("rbf_jax.ops.triton.launch.unavailable", lambda: reason)
     api._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="rbf_jax"):
         rbf_attention(Q, K, K)

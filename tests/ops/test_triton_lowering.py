@@ -10,6 +10,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -105,7 +106,8 @@ def test_remat_keeps_what_its_policy_names(names, calls):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(check_vma):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    devices = jax.devices("cpu")[:2]  # conftest makes two
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     sharded = jax.shard_map(
         _attend, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma
     )

@@ -1,11 +1,12 @@
 """Forward kernels: a tile of queries at a time, one pass over the keys they may attend to.
 
 The logits in base 2 are x_ij = c q_i·k_j − w‖k_j‖² with c = 2γ log₂e and w = λγ log₂e. For w > 0
-they never exceed c²‖q_i‖²/4w, a bound known before the first key is read. Measured from R, the
-largest bound of the tile, exp2(x − R) cannot overflow, so the running maximum of online softmax and
-the rescaling that it needs are left out; R is folded into the norms, and a score costs one fused
-multiply-add and one exp2. What can go wrong is underflow, where the nearest key of a row is so far
-away that its sum comes out tiny. `forward_kernel` raises a flag for such a tile, and `gate_kernel`
+they never exceed c²‖q_i‖²/4w, a bound known before the first key is read. With R the largest bound
+of a tile, logits are measured from R − 60: no weight exp2(x − R + 60) overflows, so the running
+maximum of online softmax and the rescaling that it needs are left out; the reference is folded
+into the norms, and a score costs one fused multiply-add and one exp2. What can go wrong is
+underflow, where the nearest key of a row is so far away that its sum comes out tiny, and overflow
+of sums where values are huge. `forward_kernel` raises a flag for such a tile, and `gate_kernel`
 does the flagged tiles again with online softmax: the result is right on any input.
 """
 
@@ -28,6 +29,7 @@ from rbf_jax.ops.triton.common import (
     within_segments,
 )
 
+HEADROOM = tl.constexpr(gate.HEADROOM)
 SMALLEST_SUM = tl.constexpr(gate.SMALLEST_SUM)
 LARGEST_REFERENCE = tl.constexpr(gate.LARGEST_REFERENCE)
 
@@ -259,9 +261,9 @@ def _do_tile(
         maximum = tl.full([BLOCK_Q], 0.0 if RULES.sink else -float("inf"), tl.float32)
     else:
         query_norms = tl.sum(query.to(tl.float32) * query.to(tl.float32), 1)
-        reference = tl.max(query_norms) * scale * scale / (4 * norm_weight)
-        safe = (norm_weight > 0) & (reference <= LARGEST_REFERENCE)
-        reference = tl.where(safe, reference, 0.0)
+        bound = tl.max(query_norms) * scale * scale / (4 * norm_weight)
+        safe = (norm_weight > 0) & (bound <= LARGEST_REFERENCE)
+        reference = tl.where(safe, bound - HEADROOM, 0.0)
         stop = tl.where(safe, stop, start)
         maximum = 0.0
     numbers = (scale, norm_weight, reference, slope)
@@ -314,7 +316,8 @@ def _do_tile(
         return False
     else:
         smallest = tl.min(tl.where(rows < tl.minimum(query_stop, T), total, 1.0))
-        return (smallest < SMALLEST_SUM) | (not safe)
+        finite = tl.min(tl.min((tl.abs(acc) < float("inf")).to(tl.int32), 1), 0)
+        return (smallest < SMALLEST_SUM) | (finite == 0) | (not safe)
 
 
 @triton.jit
