@@ -37,11 +37,12 @@ test: check
 
 # On a machine with an NVIDIA GPU, with whatever Python holds its JAX: make test-gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
-# What needs no GPU is left to make test. GPU_PYTEST='-n 8' shares the work where pytest-xdist is
-# (with '-p no:benchmark' where pytest-benchmark is too).
+# What needs no GPU is left to make test. Without autotuning XLA compiles in less time.
+# GPU_PYTEST="-n 8" shares the work where pytest-xdist is ("-p no:benchmark" if pytest-benchmark is).
 GPU_PYTEST ?=
 test-gpu:
-	XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest tests/ops $(GPU_PYTEST) \
+	XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_autotune_level=0" \
+	JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest tests/ops $(GPU_PYTEST) \
 		--ignore=tests/ops/test_triton_interpreted.py --ignore=tests/ops/test_triton_compile.py
 
 clean:

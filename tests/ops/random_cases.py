@@ -3,14 +3,15 @@
 python -m tests.ops.random_cases --count=2000 --seed=0     on an NVIDIA GPU
 python -m tests.ops.random_cases --count=20 --interpret    by Triton's interpreter
 
-Each case is made of its seed alone. What is compiled into the kernels is drawn from a limited set,
-each of which is the work of one process, so that it is compiled once; lengths, norms, γ, λ and all
+Each case is made of its seed alone. What is compiled is drawn from a limited set of options, each
+with a few shapes, and is the work of one process, so that it is compiled once; norms, γ, λ and all
 arrays are free. Seeds that fail are printed, and kept by --save in failed_seeds.json, which a test
 runs again.
 """
 
 import argparse
 import collections
+import functools
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ import numpy as np
 
 FAILED_SEEDS = Path(__file__).with_name("failed_seeds.json")
 NUM_STATIC = 96
+SHAPES_OF_EACH = 3
 LONGEST = 300
 
 
@@ -61,15 +63,13 @@ def make(seed):
     from tests.ops.test_contract import Constant
 
     static = static_choices(seed % NUM_STATIC)
-    random = np.random.default_rng([1, seed])
     dtype, H, N, K = (static[name] for name in ("dtype", "H", "N", "K"))
-
-    def length():
-        return round(LONGEST ** random.random())
-
-    B, T, S = int(random.integers(1, 3)), length(), length()
+    random = np.random.default_rng([2, seed % (NUM_STATIC * SHAPES_OF_EACH)])
+    B, T, S = (int(x) for x in (1 + random.integers(2), *np.rint(LONGEST ** random.random(2))))
     if random.random() < 0.3:
         S = T
+    mask_shape = [n if random.random() < 0.6 else 1 for n in (B, N, T, S)]
+    random = np.random.default_rng([1, seed])
     options = {name: static[name] for name in ("is_causal", "local_window_size", "origin_sink")}
     if static["lengths"]:
         options["query_seq_lengths"] = random.integers(0, T + 1, B)
@@ -80,8 +80,7 @@ def make(seed):
             ids = [np.sort(x) for x in ids]
         options["query_segment_ids"], options["key_value_segment_ids"] = ids
     if static["mask"]:
-        shape = [n if random.random() < 0.6 else 1 for n in (B, N, T, S)]
-        options["mask"] = random.random(shape) < random.choice([0.1, 0.6, 0.95])
+        options["mask"] = random.random(mask_shape) < random.choice([0.1, 0.6, 0.95])
     if static["slopes"]:
         options["alibi_slopes"] = random.random(N).astype(np.float32)
     largest = 3 if dtype == "float16" else 4  # gradients beyond 65,504 are infinite there
@@ -105,13 +104,14 @@ def make(seed):
     return case, dtype
 
 
-def violations(seed):
+def violations(seed, make_program=None):
     """What violates the contract."""
     from tests.ops import contract
 
     case, dtype = make(seed)
+    make_program = make_program or contract.program_of
     try:
-        found = contract.violations(contract.TRITON, case, dtype, seed)
+        found = contract.violations(contract.TRITON, case, dtype, seed, make_program)
     except Exception as error:  # a case that cannot be run has failed
         found = [f"{type(error).__name__}: {str(error)[-1000:]}"]
     contract.expected.cache_clear()
@@ -136,14 +136,17 @@ def work(seeds, interpret, reports):
 
         if launch.unavailable():
             raise SystemExit(f"implementation='triton' {launch.unavailable()}: --interpret")
+    from tests.ops import contract
+
+    make_program = functools.lru_cache(maxsize=1)(contract.program_of)
     for seed in seeds:
-        reports.put((seed, violations(seed)))
+        reports.put((seed, violations(seed, make_program)))
 
 
 def run(seeds, *, interpret, workers):
     """Yields (seed, violations) of all, as they come; raises where a process dies."""
     shares = collections.defaultdict(list)
-    for seed in sorted(seeds, key=lambda seed: seed % NUM_STATIC):
+    for seed in sorted(seeds, key=lambda seed: seed % (NUM_STATIC * SHAPES_OF_EACH)):
         shares[seed % NUM_STATIC % workers].append(seed)
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tests.ops.triton_interpreter  # noqa: F401 (before Triton)
 from rbf_jax.ops.triton.tiles import Tiles, override_tiles
-from tests.ops import cases, contract
+from tests.ops import cases, contract, random_cases
 from tests.ops.test_contract import drawn_case
 
 
@@ -101,3 +101,9 @@ SIZES = st.sampled_from([(16, 16), (16, 32), (32, 16)])
 def test_any_shapes_and_options(case, blocks, dtype):
     with tiles(*blocks):
         assert not contract.violations(contract.TRITON, case, dtype)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, *random_cases.failed_seeds()])
+def test_random_cases(seed):
+    """Some of what is run on the GPU by the thousand, and all that ever failed there."""
+    assert not random_cases.violations(seed)
