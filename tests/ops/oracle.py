@@ -48,7 +48,7 @@ def allowed(shape, options):
     return result
 
 
-def oracle(*arrays, **options) -> tuple[Results, Results, Results]:
+def oracle(*arrays, **options) -> tuple[Results, Results, Results, Results]:
     """Everything in float64.
 
     Args:
@@ -60,7 +60,8 @@ def oracle(*arrays, **options) -> tuple[Results, Results, Results]:
       times the machine epsilon, that is what any order of summation may lose. Then what an output
       that is off by ε of its terms does to each, in units of ε: where one weight is all, `plain`
       has that weight and the output exactly, but not an implementation that rounds its weights
-      while they are measured from a bound. Only rows whose bound is small are counted.
+      while they are measured from a bound. Only rows whose bound is small are counted. Then what
+      the rounding of the output to its dtype does to a backward pass that knows only that.
     """
     return _formula(np.float64, lambda x: x, *arrays, **options)
 
@@ -134,38 +135,51 @@ def _formula(dtype, rounded, query, key, value, gamma, key_norm_weight, dout, dl
     seen = np.where(total == 0, 0, lse)
     moved = moved + np.minimum(np.abs(seen), np.abs(seen - maximum) / epsilon)
     abs_p = p * (1 + moved)
+    # Weights below the smallest normal number may vanish.
+    smallest = np.finfo(np.float64 if query.dtype == np.float64 else np.float32).tiny / epsilon
+    abs_p = np.where(np.isneginf(logits), 0, np.maximum(abs_p, smallest))
     abs_dp = np.abs(do) @ np.abs(vT)
     abs_ds = abs_p * (abs_dp + np.abs(dl)) + p * (abs_p * abs_dp).sum(-1, keepdims=True)
-    abs_dsT = abs_ds.swapaxes(-1, -2)
-    scales = (
-        abs_p @ np.abs(v),
-        mean_logit + np.abs(seen),
-        2 * g * (abs_ds @ np.abs(k)),
-        2 * g * (abs_dsT @ np.abs(q) + np.abs(lam) * abs_ds.sum(-2)[..., None] * np.abs(k)),
-        abs_p.swapaxes(-1, -2) @ np.abs(do),
-        (abs_ds * (2 * abs_products + np.abs(lam) * norms)).sum((0, 2, 3)),
-        (abs_ds * g * norms).sum((0, 2, 3)),
+
+    def terms(abs_ds):
+        """Sums of the absolute values of the terms of dq, dk, dγ and dλ."""
+        by_key = abs_ds.swapaxes(-1, -2)
+        return {
+            "query": 2 * g * (abs_ds @ np.abs(k)),
+            "key": 2
+            * g
+            * (by_key @ np.abs(q) + np.abs(lam) * by_key.sum(-1)[..., None] * np.abs(k)),
+            "gamma": (abs_ds * (2 * abs_products + np.abs(lam) * norms)).sum((0, 2, 3)),
+            "key_norm_weight": (abs_ds * g * norms).sum((0, 2, 3)),
+        }
+
+    scales = Results(
+        out=abs_p @ np.abs(v),
+        logsumexp=mean_logit + np.abs(seen),
+        value=abs_p.swapaxes(-1, -2) @ np.abs(do),
+        **terms(abs_ds),
     )
+
+    def of_output(moved_out, weights):
+        """What an output that is off by `moved_out` does to the gradients."""
+        moved_delta = (moved_out * np.abs(do)).sum(-1, keepdims=True)
+        return Results(
+            out=np.zeros_like(out),
+            logsumexp=np.zeros_like(lse),
+            value=np.zeros_like(v),
+            **terms(weights * moved_delta),
+        )
 
     with np.errstate(divide="ignore", invalid="ignore"):
         bounds = g * (q * q).sum(-1, keepdims=True) / lam
-    bounded = (lam > 0) & (bounds <= LARGEST_BOUND)
-    rounded_p = np.where(bounded, p, 0)
+    rounded_p = np.where((lam > 0) & (bounds <= LARGEST_BOUND), p, 0)
     rounded_out = rounded_p @ np.abs(v)
-    delta = (rounded_out * np.abs(do)).sum(-1, keepdims=True)
-    moved_ds = rounded_p * delta
-    moved_dsT = moved_ds.swapaxes(-1, -2)
-    rounding = (
-        rounded_out,
-        np.zeros_like(lse),
-        2 * g * (moved_ds @ np.abs(k)),
-        2 * g * (moved_dsT @ np.abs(q) + np.abs(lam) * moved_ds.sum(-2)[..., None] * np.abs(k)),
-        np.zeros_like(v),
-        (moved_ds * (2 * abs_products + np.abs(lam) * norms)).sum((0, 2, 3)),
-        (moved_ds * g * norms).sum((0, 2, 3)),
-    )
+    rounding = of_output(rounded_out, rounded_p)._replace(out=rounded_out)
+    with np.errstate(over="ignore", invalid="ignore"):
+        kept = np.abs(out - out.astype(query.dtype).astype(dtype))
+    kept = of_output(np.where(np.isfinite(kept), kept, 0), p)
     heads = K, np.ndim(gamma), np.ndim(key_norm_weight)
-    return _public(heads, *results), _public(heads, *scales), _public(heads, *rounding)
+    return tuple(_public(heads, *x) for x in (results, scales, rounding, kept))
 
 
 def _public(heads, out, lse, dq, dk, dv, dgamma, dlambda) -> Results:
