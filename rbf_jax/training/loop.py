@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,12 @@ class SetupError(Exception):
     """Training cannot begin; the message tells the user why."""
 
 
-def train(config: ConfigDict, run_dir: str | Path) -> dict[str, Any]:
+def train(
+    config: ConfigDict,
+    run_dir: str | Path,
+    *,
+    on_evaluation: Callable[[int, float], None] | None = None,
+) -> dict[str, Any]:
     """Trains, or goes on with, the run in `run_dir`.
 
     A run that was killed goes on from its newest good checkpoint and ends with the parameters and
@@ -36,6 +41,8 @@ def train(config: ConfigDict, run_dir: str | Path) -> dict[str, Any]:
     Args:
       config: with the keys and types of configs/base.py.
       run_dir: the run's folder; made if it does not exist.
+      on_evaluation: called with step and validation loss after each evaluation; what it raises ends
+        the run once its checkpoint is on the disk, and is raised from here.
 
     Returns:
       The content of summary.json; that of a run that has finished already is read.
@@ -55,7 +62,7 @@ def train(config: ConfigDict, run_dir: str | Path) -> dict[str, Any]:
             if (finished := folder.read_summary()) is not None:
                 logger.info("The run in %s has finished already.", folder.path)
                 return finished
-            trainer = Trainer(config, folder, mesh)
+            trainer = Trainer(config, folder, mesh, on_evaluation)
         with contextlib.closing(trainer):
             trainer.run(stop)
         summary = _summary(trainer)

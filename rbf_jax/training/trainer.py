@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,20 +60,28 @@ class Trainer:
       seconds: spent in training steps, over all parts of an interrupted run.
     """
 
-    def __init__(self, config: ConfigDict, folder: RunFolder, mesh: Mesh):
+    def __init__(
+        self,
+        config: ConfigDict,
+        folder: RunFolder,
+        mesh: Mesh,
+        on_evaluation: Callable[[int, float], None] | None = None,
+    ):
         """Makes the parts, and goes back to the newest good checkpoint if there is one.
 
         Args:
           config: valid, see `rbf_jax.training.config.validate`.
           folder: of the run, claimed.
           mesh: of all devices.
+          on_evaluation: called with step and validation loss when the checkpoint of an evaluation
+            has been started; what it raises ends the run.
 
         Raises:
           ValueError: the data cannot be read, the model cannot be made, or no checkpoint is good.
           NotImplementedError: attention cannot be computed as the configuration wants it.
         """
         self.config = config
-        self._folder, self._mesh = folder, mesh
+        self._folder, self._mesh, self._on_evaluation = folder, mesh, on_evaluation
         self.data = load_data(config.data, seed=config.seed, tokenizer_dir=folder.path)
         self.model = CausalLM(model_config(config, self.data.tokenizer.vocab_size))
         self._optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -171,10 +180,13 @@ class Trainer:
         self._require_finite()
         if log:
             self._log(batch, metrics, progress)
-        if last or self.step % config.eval_every == 0:
+        evaluation = last or self.step % config.eval_every == 0
+        if evaluation:
             self._evaluate(progress)
         if save:
             self._save()
+        if evaluation and self._on_evaluation is not None:
+            self._on_evaluation(self.step, self.valid_losses[self.step])
         self._watch.start()
 
     def _log(self, batch: Any, metrics: dict[str, jax.Array], progress: Progress) -> None:

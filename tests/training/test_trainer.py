@@ -105,6 +105,25 @@ def test_a_second_interrupt_is_not_held_back(config, tmp_path, after):
         train(config, tmp_path)
 
 
+def test_who_sees_an_evaluation_can_end_the_run_behind_its_checkpoint(
+    config, tmp_path, finished_run
+):
+    seen = []
+
+    def on_evaluation(step, loss):
+        seen.append((step, loss))
+        if step == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, tmp_path, on_evaluation=on_evaluation)
+    assert (tmp_path / "checkpoints" / "8").is_dir()
+    train(config, tmp_path, on_evaluation=on_evaluation)
+    assert_same_end(tmp_path, finished_run)
+    lines = without_timing(tmp_path / "metrics.jsonl")
+    assert seen == [(line["step"], line["loss"]) for line in lines if line["split"] == "valid"]
+
+
 def test_a_corrupt_newest_checkpoint_is_reported_and_the_one_before_used(
     config, tmp_path, finished_run, caplog
 ):
