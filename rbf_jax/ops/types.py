@@ -19,6 +19,8 @@ class Masking(NamedTuple):
       query_segments: integer (B, T); a query attends only to keys of its own segment.
       key_segments: integer (B, S), of any integer dtype each.
       alibi_slopes: accumulation dtype, (N,); adds −slope·|i − j| to the logits.
+      query_offset: int32 (B,); query i is at position i + offset for causality, windows and ALiBi,
+        keys are at their index. Lengths, segments and the mask go by index.
     """
 
     mask: jax.Array | None = None
@@ -27,6 +29,7 @@ class Masking(NamedTuple):
     query_segments: jax.Array | None = None
     key_segments: jax.Array | None = None
     alibi_slopes: jax.Array | None = None
+    query_offset: jax.Array | None = None
 
 
 class Inputs(NamedTuple):
@@ -97,23 +100,24 @@ def allowed_pairs(
       masking: rules, cut to the tile.
       options: static rules.
       num_kv_heads: K.
-      query_positions: int32 (T,), positions of the tile's rows in the whole sequence.
-      key_positions: int32 (S,), positions of the tile's columns.
+      query_positions: int32 (T,), indices of the tile's rows in the whole sequence.
+      key_positions: int32 (S,), indices of the tile's columns.
 
     Returns:
       bool, broadcastable to (B, K, G, T, S); None when every pair is allowed.
     """
-    rows, columns = query_positions[:, None], key_positions[None, :]
+    rows, columns = query_positions[:, None], key_positions[None, None, None, None, :]
+    positions = _offset_rows(masking, query_positions)
     rules = []
     if options.is_causal:
-        rules.append((columns <= rows)[None, None, None])
+        rules.append(columns <= positions)
     if options.window is not None:
         left, right = options.window
-        rules.append(((columns >= rows - left) & (columns <= rows + right))[None, None, None])
+        rules.append((columns >= positions - left) & (columns <= positions + right))
     if masking.query_lengths is not None:
-        rules.append(rows[None, None, None] < _per_row(masking.query_lengths))
+        rules.append(rows < _per_row(masking.query_lengths))
     if masking.key_lengths is not None:
-        rules.append(columns[None, None, None] < _per_row(masking.key_lengths))
+        rules.append(columns < _per_row(masking.key_lengths))
     if masking.query_segments is not None and masking.key_segments is not None:
         same = masking.query_segments[:, :, None] == masking.key_segments[:, None, :]
         rules.append(same[:, None, None])
@@ -132,12 +136,18 @@ def allowed_pairs(
 def alibi_bias(
     masking: Masking, num_kv_heads: int, query_positions: jax.Array, key_positions: jax.Array
 ) -> jax.Array | None:
-    """−slope·|i − j| of a tile, (1, K, G, T, S), or None (Press et al., arXiv:2108.12409)."""
+    """−slope·|i − j| of a tile, (B or 1, K, G, T, S), or None (Press et al., arXiv:2108.12409)."""
     if masking.alibi_slopes is None:
         return None
-    distance = jnp.abs(query_positions[:, None] - key_positions[None, :])
+    distance = jnp.abs(_offset_rows(masking, query_positions) - key_positions)
     slopes = group_heads(masking.alibi_slopes, num_kv_heads)
-    return -slopes * distance.astype(slopes.dtype)[None, None, None]
+    return -slopes * distance.astype(slopes.dtype)
+
+
+def _offset_rows(masking: Masking, query_positions: jax.Array) -> jax.Array:
+    """Positions of the rows for rules of distance, (B or 1, 1, 1, T, 1)."""
+    rows = query_positions[None, None, None, :, None]
+    return rows if masking.query_offset is None else rows + _per_row(masking.query_offset)
 
 
 def _per_row(lengths: jax.Array) -> jax.Array:

@@ -129,9 +129,15 @@ class _Call(NamedTuple):
             allowed = inside if allowed is None else allowed & inside
         return logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
 
+    def offsets(self):
+        """The least and the largest position of the first query."""
+        offset = self.masking.query_offset
+        return (0, 0) if offset is None else (offset.min(), offset.max())
+
     def key_blocks(self, i):
         """The key blocks [first, last) that query block i can attend to, by structural rules."""
-        first, last = i * self.rows.block, (i + 1) * self.rows.block - 1  # positions
+        least, most = self.offsets()
+        first, last = i * self.rows.block + least, (i + 1) * self.rows.block - 1 + most
         lowest: list = [0]
         highest: list = [self.columns.length - 1]
         if self.options.window is not None:
@@ -145,7 +151,8 @@ class _Call(NamedTuple):
 
     def query_blocks(self, j):
         """The query blocks [first, last) that can attend to key block j."""
-        first, last = j * self.columns.block, (j + 1) * self.columns.block - 1  # positions
+        least, most = self.offsets()
+        first, last = j * self.columns.block - most, (j + 1) * self.columns.block - 1 - least
         lowest: list = [0]
         highest: list = [self.rows.length - 1]
         if self.options.window is not None:

@@ -26,7 +26,15 @@ KERNELS = {
 }
 FLOAT32 = {"norms", "per_head", "logsumexp", "old_logsumexp", "dlogsumexp", "delta", "moments"}
 FLOAT32 |= {"column_sums"}
-INT32 = {"query_lengths", "key_lengths", "query_segments", "key_segments", "bounds", "flags"}
+INT32 = {
+    "query_lengths",
+    "key_lengths",
+    "query_segments",
+    "key_segments",
+    "offsets",
+    "bounds",
+    "flags",
+}
 # Bytes of the stack: registers spilled in loops cost time. Tiles that were measured to be fastest
 # may spill some, outside of their inner loop as a rule.
 MOST_SPILLED = 1024

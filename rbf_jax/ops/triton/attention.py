@@ -53,6 +53,7 @@ class _Full(NamedTuple):
     key_lengths: jax.Array | None
     query_segments: jax.Array | None
     key_segments: jax.Array | None
+    query_offset: jax.Array | None
 
 
 class _Shared(NamedTuple):
@@ -88,7 +89,12 @@ def _split(inputs: Inputs, masking: Masking) -> tuple[_Full, _Shared]:
         dtype = jnp.promote_types(query_segments.dtype, key_segments.dtype)
         query_segments, key_segments = query_segments.astype(dtype), key_segments.astype(dtype)
     full = _Full(
-        *inputs[:3], masking.query_lengths, masking.key_lengths, query_segments, key_segments
+        *inputs[:3],
+        masking.query_lengths,
+        masking.key_lengths,
+        query_segments,
+        key_segments,
+        masking.query_offset,
     )
     slopes = None if masking.alibi_slopes is None else masking.alibi_slopes[None]
     return full, _Shared(inputs.gamma[None], inputs.key_norm_weight[None], slopes, masking.mask)
@@ -127,6 +133,7 @@ class _Call:
             slopes=shared.slopes is not None,
             query_lengths=full.query_lengths is not None,
             key_lengths=full.key_lengths is not None,
+            offset=full.query_offset is not None,
             segments=full.query_segments is not None,
             mask=shared.mask is not None,
         )
@@ -179,6 +186,7 @@ class _Call:
             full.key_lengths,
             full.query_segments,
             full.key_segments,
+            full.query_offset,
             bounds,
             self.shared.mask,
         )

@@ -18,6 +18,7 @@ from rbf_jax.ops.triton.common import (
     load_numbers,
     load_rows,
     may_attend,
+    position_of,
     query_range,
     store_rows,
     tile_of,
@@ -38,6 +39,7 @@ def queries_kernel(
     key_lengths_ptr,  # int32 (B,)
     query_segments_ptr,  # (B, T)
     key_segments_ptr,  # (B, S)
+    offsets_ptr,  # int32 (B,): the position of query 0
     bounds_ptr,  # int32 (B, tiles of queries, 2): where the keys of the tile's segments are
     mask_ptr,  # bool (B or 1, N or 1, T or 1, S or 1)
     out_ptr,  # (B, T, N, H)
@@ -108,10 +110,12 @@ def queries_kernel(
     masking = (row_segments, key_segments_ptr, mask_ptr, mask_row_stride, mask_column_stride)
     queries = (query, dout, logsumexp, delta)
     numbers = (scale, norm_weight, slope)
-    where = (rows, T, key_stop, S)
+    position = position_of(offsets_ptr, batch, RULES)
+    where = (rows, rows + position, T, key_stop, S)
 
-    last = first + BLOCK_Q - 1
-    start, inner_start, inner_stop, stop = key_range(first, last, key_stop, BLOCK_K, RULES)
+    position += first
+    last = position + BLOCK_Q - 1
+    start, inner_start, inner_stop, stop = key_range(position, last, key_stop, BLOCK_K, RULES)
     start, stop = within_segments(bounds_ptr, batch, tile, num_tiles, start, stop, RULES)
     stop = tl.where(first < query_stop, stop, start)
     dq = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
@@ -150,7 +154,7 @@ def _add_keys(
     query, dout, logsumexp, delta = queries
     key_ptr, value_ptr, tile_offsets, norms_ptr = keys
     scale, norm_weight, slope = numbers
-    rows, T, key_stop, S = where
+    rows, positions, T, key_stop, S = where
     row_segments, key_segments_ptr, mask_ptr, row_stride, column_stride = masking
     ROW: tl.constexpr = RULES.num_kv_heads * RULES.head_dim
     BLOCK_K: tl.constexpr = tile_offsets.shape[0]
@@ -164,7 +168,7 @@ def _add_keys(
                 column_segments = tl.load(key_segments_ptr + columns, mask=columns < S, other=0)
                 column_segments = column_segments[None, :]
             allowed = may_attend(
-                rows[:, None], columns[None, :], key_stop, row_segments, column_segments, RULES
+                positions[:, None], columns[None, :], key_stop, row_segments, column_segments, RULES
             )
             if RULES.mask:
                 allowed = allowed & load_mask(
@@ -179,7 +183,7 @@ def _add_keys(
             products = tl.dot(query, tl.trans(key), input_precision="tf32x3")
             logits = products * scale - (norms * norm_weight)[None, :]
             if RULES.slopes:
-                logits -= slope * tl.abs(rows[:, None] - columns[None, :]).to(tl.float32)
+                logits -= slope * tl.abs(positions[:, None] - columns[None, :]).to(tl.float32)
             if not WHOLE:
                 logits = tl.where(allowed, logits, -float("inf"))
             weights = tl.exp2(logits - logsumexp[:, None])
@@ -200,6 +204,7 @@ def keys_kernel(
     key_lengths_ptr,  # int32 (B,)
     query_segments_ptr,  # (B, T)
     key_segments_ptr,  # (B, S)
+    offsets_ptr,  # int32 (B,): the position of query 0
     bounds_ptr,  # int32 (B, tiles of keys, 2): where the queries of the tile's segments are
     mask_ptr,  # bool (B or 1, N or 1, T or 1, S or 1)
     dout_ptr,  # (B, T, N, H)
@@ -250,14 +255,17 @@ def keys_kernel(
         query_segments_ptr += batch * T
 
     last = first + BLOCK_K - 1
-    start, inner_start, inner_stop, stop = query_range(first, last, query_stop, BLOCK_Q, RULES)
+    position = position_of(offsets_ptr, batch, RULES)
+    start, inner_start, inner_stop, stop = query_range(
+        first - position, last - position, query_stop, BLOCK_Q, RULES
+    )
     start, stop = within_segments(bounds_ptr, batch, tile, num_tiles, start, stop, RULES)
     stop = tl.where(first < key_stop, stop, start)
     if last >= key_stop:  # some of these keys are not to be attended to
         inner_stop = inner_start
 
     tile_offsets = tl.arange(0, BLOCK_Q)[:, None] * (N * H) + features[None, :]
-    where = (columns, query_stop, T, key_stop, S)
+    where = (columns, position, query_stop, T, key_stop, S)
     dk = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)  # in units of the 2γ of the head at hand
     dv = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
     norm_part = tl.zeros([BLOCK_K], tl.float32)
@@ -340,7 +348,7 @@ def _add_queries(
     key, value = keys
     query_ptr, dout_ptr, tile_offsets, logsumexp_ptr, delta_ptr = queries
     scale, weighted_norms, slope = numbers
-    columns, query_stop, T, key_stop, S = where
+    columns, position, query_stop, T, key_stop, S = where
     query_segments_ptr, column_segments, mask_ptr, row_stride, column_stride = masking
     ROW: tl.constexpr = RULES.num_heads * RULES.head_dim
     BLOCK_Q: tl.constexpr = tile_offsets.shape[0]
@@ -348,6 +356,7 @@ def _add_queries(
     for block in tl.range(begin // BLOCK_Q, tl.cdiv(end, BLOCK_Q)):
         at = block * BLOCK_Q
         rows = at + tl.arange(0, BLOCK_Q)
+        positions = rows + position
         allowed, any_allowed = True, True
         if not WHOLE:
             row_segments = rows[None, :]
@@ -355,7 +364,7 @@ def _add_queries(
                 row_segments = tl.load(query_segments_ptr + rows, mask=rows < T, other=0)
                 row_segments = row_segments[None, :]
             allowed = may_attend(
-                rows[None, :], columns[:, None], key_stop, row_segments, column_segments, RULES
+                positions[None, :], columns[:, None], key_stop, row_segments, column_segments, RULES
             )
             if RULES.mask:
                 allowed = allowed & load_mask(
@@ -376,7 +385,7 @@ def _add_queries(
                 products = tl.dot(key, tl.trans(query))
             logits = products * scale - weighted_norms[:, None]
             if RULES.slopes:
-                logits -= slope * tl.abs(rows[None, :] - columns[:, None]).to(tl.float32)
+                logits -= slope * tl.abs(positions[None, :] - columns[:, None]).to(tl.float32)
             if not WHOLE:
                 logits = tl.where(allowed, logits, -float("inf"))
             weights = tl.exp2(logits - logsumexp[None, :])

@@ -33,6 +33,8 @@ class Rules:
       slopes: ALiBi.
       query_lengths: whether there are any.
       key_lengths: whether there are any.
+      offset: whether positions of queries, by which causality, windows and ALiBi go, are not their
+        indices.
       segments: whether there are any.
       mask: whether there is one.
     """
@@ -47,6 +49,7 @@ class Rules:
     slopes: bool = False
     query_lengths: bool = False
     key_lengths: bool = False
+    offset: bool = False
     segments: bool = False
     mask: bool = False
 
@@ -102,7 +105,7 @@ def zero(length):
 
 @triton.jit
 def key_range(first, last, num_keys, BLOCK: tl.constexpr, RULES: tl.constexpr):
-    """Which keys the queries `first` to `last` may attend to, by position.
+    """Which keys the queries at positions `first` to `last` may attend to.
 
     Returns:
       start, inner_start, inner_stop, stop: keys from start to stop are to be visited; between the
@@ -125,7 +128,10 @@ def key_range(first, last, num_keys, BLOCK: tl.constexpr, RULES: tl.constexpr):
 
 @triton.jit
 def query_range(first, last, num_queries, BLOCK: tl.constexpr, RULES: tl.constexpr):
-    """Which queries may attend to the keys `first` to `last`, as `key_range` says it of keys."""
+    """Which queries may attend to the keys `first` to `last`, as `key_range` says it of keys.
+
+    The first query is at position 0.
+    """
     start, stop = zero(num_queries), num_queries
     inner_start, inner_stop = zero(num_queries), num_queries
     LEFT: tl.constexpr = RULES.left
@@ -139,9 +145,20 @@ def query_range(first, last, num_queries, BLOCK: tl.constexpr, RULES: tl.constex
     if RIGHT >= 0:
         start = tl.maximum(start, first - RIGHT)
         inner_start = tl.maximum(inner_start, last - RIGHT)
+    if RULES.offset:  # keys may be before the first query
+        start, inner_start = tl.maximum(start, 0), tl.maximum(inner_start, 0)
     start = start // BLOCK * BLOCK
     inner_start = tl.cdiv(inner_start, BLOCK) * BLOCK
     return start, inner_start, tl.maximum(inner_stop // BLOCK * BLOCK, inner_start), stop
+
+
+@triton.jit
+def position_of(offsets_ptr, batch, RULES: tl.constexpr):
+    """The position of query 0."""
+    if RULES.offset:
+        return tl.load(offsets_ptr + batch)
+    else:
+        return 0
 
 
 @triton.jit
@@ -187,7 +204,7 @@ def store_rows(pointers, tile, rows, stop, RULES: tl.constexpr):
 
 @triton.jit
 def may_attend(rows, columns, key_stop, row_segments, column_segments, RULES: tl.constexpr):
-    """Who may attend to whom in a tile; rows and columns broadcast against each other.
+    """Who may attend to whom in a tile; positions of rows and columns broadcast to each other.
 
     So do their segments. Rows beyond the last query attend by position: what they give is not
     stored.

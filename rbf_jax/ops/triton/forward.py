@@ -24,6 +24,7 @@ from rbf_jax.ops.triton.common import (
     load_numbers,
     load_rows,
     may_attend,
+    position_of,
     store_rows,
     tile_of,
     within_segments,
@@ -45,6 +46,7 @@ def forward_kernel(
     key_lengths_ptr,  # int32 (B,)
     query_segments_ptr,  # (B, T)
     key_segments_ptr,  # (B, S)
+    offsets_ptr,  # int32 (B,): the position of query 0
     bounds_ptr,  # int32 (B, tiles of queries, 2): where the keys of the tile's segments are
     mask_ptr,  # bool (B or 1, N or 1, T or 1, S or 1)
     T,
@@ -81,6 +83,7 @@ def forward_kernel(
         key_lengths_ptr,
         query_segments_ptr,
         key_segments_ptr,
+        offsets_ptr,
         bounds_ptr,
         mask_ptr,
     )
@@ -116,6 +119,7 @@ def gate_kernel(
     key_lengths_ptr,
     query_segments_ptr,
     key_segments_ptr,
+    offsets_ptr,
     bounds_ptr,
     mask_ptr,
     flags_ptr,
@@ -152,6 +156,7 @@ def gate_kernel(
         key_lengths_ptr,
         query_segments_ptr,
         key_segments_ptr,
+        offsets_ptr,
         bounds_ptr,
         mask_ptr,
     )
@@ -209,6 +214,7 @@ def _do_tile(
         key_lengths_ptr,
         query_segments_ptr,
         key_segments_ptr,
+        offsets_ptr,
         bounds_ptr,
         mask_ptr,
     ) = masking
@@ -246,10 +252,13 @@ def _do_tile(
         key_segments_ptr += batch * S
     if RULES.mask:
         mask_ptr += batch * strides[1] + head.to(tl.int64) * strides[2]
-    rules = (rows, T, key_stop, S, row_segments, key_segments_ptr, mask_ptr, strides[3], strides[4])
+    position = position_of(offsets_ptr, batch, RULES)
+    places = (rows, rows + position, T, key_stop, S)
+    rules = (row_segments, key_segments_ptr, mask_ptr, strides[3], strides[4])
 
+    position += first
     start, inner_start, inner_stop, stop = key_range(
-        first, first + BLOCK_Q - 1, key_stop, BLOCK_K, RULES
+        position, position + BLOCK_Q - 1, key_stop, BLOCK_K, RULES
     )
     start, stop = within_segments(bounds_ptr, batch, tile, tl.cdiv(T, BLOCK_Q), start, stop, RULES)
     stop = tl.where(first < query_stop, stop, start)
@@ -269,7 +278,9 @@ def _do_tile(
     numbers = (scale, norm_weight, reference, slope)
     state = (acc, total, maximum)
     if RULES.any_pair or not SPLIT:
-        state = _attend(state, start, stop, query, keys, numbers, rules, RULES, False, ONLINE)
+        state = _attend(
+            state, start, stop, query, keys, numbers, places, rules, RULES, False, ONLINE
+        )
     else:
         if RULES.left_rule:
             state = _attend(
@@ -279,6 +290,7 @@ def _do_tile(
                 query,
                 keys,
                 numbers,
+                places,
                 rules,
                 RULES,
                 False,
@@ -291,12 +303,15 @@ def _do_tile(
             query,
             keys,
             numbers,
+            places,
             rules,
             RULES,
             True,
             ONLINE,
         )
-        state = _attend(state, inner_stop, stop, query, keys, numbers, rules, RULES, False, ONLINE)
+        state = _attend(
+            state, inner_stop, stop, query, keys, numbers, places, rules, RULES, False, ONLINE
+        )
     acc, total, maximum = state
 
     total = tl.sum(total, 1)
@@ -328,6 +343,7 @@ def _attend(
     query,
     keys,
     numbers,
+    places,
     rules,
     RULES: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -341,9 +357,8 @@ def _attend(
     acc, total, maximum = state
     key_ptr, value_ptr, tile_offsets, norms_ptr = keys
     scale, norm_weight, reference, slope = numbers
-    rows, T, key_stop, S, row_segments, key_segments_ptr, mask_ptr, row_stride, column_stride = (
-        rules
-    )
+    rows, positions, T, key_stop, S = places
+    row_segments, key_segments_ptr, mask_ptr, row_stride, column_stride = rules
     ROW: tl.constexpr = RULES.num_kv_heads * RULES.head_dim
     BLOCK_Q: tl.constexpr = query.shape[0]
     BLOCK_K: tl.constexpr = tile_offsets.shape[0]
@@ -358,7 +373,7 @@ def _attend(
                     None, :
                 ]
             allowed = may_attend(
-                rows[:, None], columns[None, :], key_stop, row_segments, column_segments, RULES
+                positions[:, None], columns[None, :], key_stop, row_segments, column_segments, RULES
             )
             if RULES.mask:
                 allowed = allowed & load_mask(
@@ -372,7 +387,7 @@ def _attend(
             products = tl.dot(query, tl.trans(key), input_precision="tf32x3")
             logits = products * scale - (norms * norm_weight + reference)[None, :]
             if RULES.slopes:
-                logits -= slope * tl.abs(rows[:, None] - columns[None, :]).to(tl.float32)
+                logits -= slope * tl.abs(positions[:, None] - columns[None, :]).to(tl.float32)
             if not WHOLE:
                 logits = tl.where(allowed, logits, -float("inf"))
             if ONLINE:

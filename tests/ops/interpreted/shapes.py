@@ -8,8 +8,9 @@ import pytest
 from hypothesis import strategies as st
 
 import tests.ops.triton_interpreter  # noqa: F401 (before Triton)
+from rbf_jax.ops.triton import attention as triton
 from rbf_jax.ops.triton.tiles import Tiles, override_tiles
-from tests.ops import cases, contract, random_cases
+from tests.ops import cases, contract, offsets, random_cases
 from tests.ops.test_contract import drawn_case
 
 
@@ -101,6 +102,15 @@ SIZES = st.sampled_from([(16, 16), (16, 32), (32, 16)])
 def test_any_shapes_and_options(case, blocks, dtype):
     with tiles(*blocks):
         assert not contract.violations(contract.TRITON, case, dtype)
+
+
+@offsets.parametrize
+def test_offsets(name, offsets):
+    with tiles(16, 16):
+        check_offsets(triton.attend, name, offsets, "float32", 2e-4)
+
+
+check_offsets = offsets.check
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, *random_cases.failed_seeds()])
