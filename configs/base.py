@@ -130,7 +130,7 @@ def optimizer() -> ConfigDict:
             "b2": 0.95,
             # Clip the gradient's global norm; None for no clipping.
             "clip_norm": optional(float, 1.0),
-            # Micro-batches per step: memory for time, the same update. Times the number of devices
+            # Micro-batches per step: memory for time, the same update. Times mesh.data × mesh.fsdp
             # it divides the batch size.
             "accumulate_steps": 1,
         }
@@ -158,6 +158,29 @@ def train() -> ConfigDict:
     )
 
 
+def mesh() -> ConfigDict:
+    """The devices of a run, as a grid; the product is their number.
+
+    Where a run is computed is no part of what it computes: a run may go on with another mesh, on
+    another number of devices or processes (and with another optimizer.accumulate_steps or
+    model.remat).
+    """
+    return ConfigDict(
+        {
+            # Rows of a batch; parameters whole on each device. -1 in one of the four axes takes
+            # the devices that the others leave.
+            "data": -1,
+            # Rows of a batch too; parameters and optimizer state split, and gathered where used.
+            "fsdp": 1,
+            # Attention heads and the MLP's width: a part of each matrix product on each device.
+            # Divides the numbers of heads.
+            "tensor": 1,
+            # Tokens of a row: for contexts too long for one device. Divides data.context_length.
+            "seq": 1,
+        }
+    )
+
+
 def logging() -> ConfigDict:
     """Where metrics go beside metrics.jsonl."""
     return ConfigDict(
@@ -179,6 +202,7 @@ def get_config() -> ConfigDict:
             "model": model(),
             "optimizer": optimizer(),
             "train": train(),
+            "mesh": mesh(),
             "logging": logging(),
         }
     )

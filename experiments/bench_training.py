@@ -109,7 +109,7 @@ def prepare(config: Any, vocab_size: int) -> Running:
     from rbf_jax.training.step import compile_train_step
 
     validate(config, 1)
-    mesh = make_mesh(jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     model = CausalLM(model_config(config, vocab_size))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = create_state(model, optimizer, config.seed, mesh)

@@ -59,6 +59,7 @@ class Data:
         repeat: bool,
         process_index: int = 0,
         process_count: int = 1,
+        start: int = 0,
     ) -> grain.IterDataset:
         """Returns the batches of one process.
 
@@ -73,6 +74,8 @@ class Data:
             are filled up with rows whose loss mask is False everywhere.
           process_index: Of this process.
           process_count: Number of processes; each has the same number of batches.
+          start: Batches of each process to begin behind: those of an iterator that has yielded so
+            many. It does not depend on `process_count` or the workers.
 
         Returns:
           A dataset whose iterators have get_state and set_state and yield dicts of (B, T) arrays:
@@ -92,6 +95,8 @@ class Data:
                 f"process_index is {process_index}; it must be between 0 and "
                 f"process_count - 1 = {process_count - 1}."
             )
+        if start < 0:
+            raise ValueError(f"start is {start}; it must be at least 0.")
         dataset = grain.MapDataset.source(source)
         if shuffle:
             dataset = dataset.shuffle(self._seed)
@@ -101,7 +106,7 @@ class Data:
         elif missing := -len(source) % (batch_size * process_count):
             padding = grain.MapDataset.source([rows.empty_row(self._context_length)] * missing)
             dataset = grain.MapDataset.concatenate([dataset, padding])
-        dataset = dataset.batch(batch_size)[process_index::process_count]
+        dataset = dataset.batch(batch_size)[start * process_count + process_index :: process_count]
         # Rows are in memory: one thread that works ahead of the training step is enough.
         batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
         if self._num_workers:

@@ -1,27 +1,27 @@
 """Checkpoints through Orbax: written in the background, whole or not at all, checked when read.
 
 A checkpoint is a folder named by its step, with the items params, rest (the training state but for
-the parameters), data (the iterator's position) and about (digest of the state, fingerprint of the
-data, seconds of training). Orbax notices truncated and missing files, but not a changed byte: the
+the parameters) and about (digest of the state, fingerprint of the data, seconds of training). The
+step is also the position in the data. Nothing in it depends on the devices or processes that wrote
+it: others may go on from it. Orbax notices truncated and missing files, but not a changed byte: the
 digest does.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from rbf_jax.training.distributed import is_first, texts_of_all, together
 from rbf_jax.training.state import TrainState, digest, fingerprint
-
-if TYPE_CHECKING:
-    import grain
 
 logger = logging.getLogger(__name__)
 
@@ -87,16 +87,13 @@ class Checkpoints:
         """Steps that have a checkpoint, the newest last."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, iterator: grain.DatasetIterator, seconds: float) -> None:
+    def save(self, state: TrainState, seconds: float) -> None:
         """Starts to write a checkpoint, if the step has none; waits for the one before it.
 
         Args:
           state: of the step just done; may be donated as soon as this returns.
-          iterator: of the training batches.
           seconds: that training took so far.
         """
-        import grain  # Here, so that what saves no checkpoint runs without it.
-
         params, rest = _split(state)
         marks = fingerprint(state)
         about = {
@@ -110,19 +107,15 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
                 rest=ocp.args.StandardSave(rest),
-                data=grain.checkpoint.CheckpointSave(iterator),
                 about=ocp.args.JsonSave(about),
             ),
         )
 
-    def restore_newest(
-        self, state: TrainState, iterator: grain.DatasetIterator
-    ) -> tuple[TrainState, float] | None:
+    def restore_newest(self, state: TrainState) -> tuple[TrainState, float] | None:
         """Goes back to the newest good checkpoint; bad ones that are newer are moved aside.
 
         Args:
           state: any state of the run; gives shapes, dtypes and shardings.
-          iterator: its position is set.
 
         Returns:
           The state and its seconds, or None if there is no checkpoint at all.
@@ -131,9 +124,11 @@ class Checkpoints:
           CheckpointError: there are checkpoints, but none is good, or the data has changed.
         """
         bad: dict[int, str] = {}
-        for step in reversed(self.steps):
+        # Process 0's, lest another does not see the newest yet.
+        steps = json.loads(texts_of_all(json.dumps(self.steps))[0])
+        for step in reversed(steps):
             try:
-                restored, about = self._read(step, state, iterator)
+                restored, about = self._read(step, state)
             except Exception as error:  # Orbax and TensorStore raise whatever a bad file leads to.
                 bad[step] = _one_line(error)
                 logger.warning(
@@ -160,30 +155,26 @@ class Checkpoints:
         """Waits, and frees what is held."""
         self._manager.close()
 
-    def _read(
-        self, step: int, state: TrainState, iterator: grain.DatasetIterator
-    ) -> tuple[TrainState, dict[str, Any]]:
-        import grain
-
+    def _read(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        here = self._folder / str(step)
         params, rest = jax.tree.map(ocp.utils.to_shape_dtype_struct, _split(state))
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                rest=ocp.args.StandardRestore(rest),
-                about=ocp.args.JsonRestore(),
-            ),
-        )
-        restored = TrainState(params=items.params, **items.rest)
+        with together():
+            about = _read_json(here / "about")
+            restored = TrainState(
+                params=_read_arrays(here / "params", params), **_read_arrays(here / "rest", rest)
+            )
         marks = fingerprint(restored)
-        _require_digest(marks.params, items.about["params"])
-        _require_digest(marks.rest, items.about["rest"])
-        self._manager.restore(
-            step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(iterator))
-        )
-        return restored, items.about
+        _require_digest(marks.params, about["params"])
+        _require_digest(marks.rest, about["rest"])
+        return restored, about
 
     def _move_aside(self, bad: Iterable[int]) -> None:
+        with together():
+            if is_first():
+                self._rename(bad)
+        self._manager.reload()
+
+    def _rename(self, bad: Iterable[int]) -> None:
         for step in bad:
             aside = self._folder.parent / "bad_checkpoints" / str(step)
             while aside.exists():
@@ -191,7 +182,6 @@ class Checkpoints:
             aside.parent.mkdir(exist_ok=True)
             (self._folder / str(step)).rename(aside)
             logger.warning("Moved the bad checkpoint of step %d to %s.", step, aside)
-        self._manager.reload()
 
 
 def find_step(folder: Path, wanted: int | str | None, losses: Mapping[int, float]) -> int:
@@ -238,10 +228,8 @@ def read_params(folder: Path, step: int, params: Any) -> Any:
     )
     here = folder / str(step)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            restored = checkpointer.restore(here / "params", wanted)
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            about = checkpointer.restore(here / "about")
+        restored = _read_arrays(here / "params", wanted)
+        about = _read_json(here / "about")
         _require_digest(jax.jit(digest)(restored), about["params"])
     except Exception as error:  # Orbax and TensorStore raise whatever a bad file leads to.
         raise CheckpointError(f"checkpoint {here} cannot be read: {_one_line(error)}") from error
@@ -252,6 +240,26 @@ def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:
     """Parameters apart from the rest, so that they can be read alone."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return rest.pop("params"), rest
+
+
+def _read_arrays(path: Path, wanted: Any) -> Any:
+    """Reads this process's part of the arrays; it waits for no other process, which may fail."""
+    alone = _alone()
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        return checkpointer.restore(path, args=ocp.args.StandardRestore(wanted))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    alone = _alone()
+    handler = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        return checkpointer.restore(path)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
 
 
 def _require_digest(actual: jax.Array, expected: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rbf_jax.nn import AttentionConfig, TransformerConfig
+from rbf_jax.training.sharding import axis_sizes
 
 # Least values of whole numbers.
 _LEAST = {
@@ -33,6 +34,8 @@ _RANGES = {
     "optimizer.clip_norm": (0.0, math.inf, "( )"),
 }
 _SMALLEST_VOCABULARY = 257
+# Where and in which order a run is computed, not what: its result is the same up to rounding.
+_PLACEMENT = ("mesh.", "optimizer.accumulate_steps", "model.remat")
 
 
 def validate(config: ConfigDict, num_devices: int) -> None:
@@ -42,7 +45,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
 
     Args:
       config: with the keys and types of configs/base.py.
-      num_devices: over which the batch is split.
+      num_devices: of all processes.
     """
     for key, least in _LEAST.items():
         if _get(config, key) < least:
@@ -72,18 +75,34 @@ def validate(config: ConfigDict, num_devices: int) -> None:
             f"train.eval_every is {train.eval_every}; it must be a multiple of "
             f"train.checkpoint_every = {train.checkpoint_every}, so that the best can be kept."
         )
-    divisor = optimizer.accumulate_steps * num_devices
-    if train.batch_size % divisor:
-        raise ValueError(
-            f"train.batch_size is {train.batch_size}; it must be a multiple of "
-            f"optimizer.accumulate_steps × devices = {optimizer.accumulate_steps} × {num_devices}."
-        )
-    model_config(config, _SMALLEST_VOCABULARY)
+    model = model_config(config, _SMALLEST_VOCABULARY)
+    _validate_mesh(config, axis_sizes(config.mesh, num_devices), model)
     window, length = config.model.attention.window, config.data.context_length
     if window is not None and window >= length - 1:
         raise ValueError(
             f"model.attention.window is {window}; it must be less than data.context_length - 1 = "
             f"{length - 1}, or None: from there on it leaves nothing out."
+        )
+
+
+def _validate_mesh(config: ConfigDict, mesh: Mapping[str, int], model: TransformerConfig) -> None:
+    """Raises ValueError if what the mesh splits cannot be split evenly."""
+    steps = config.optimizer.accumulate_steps
+    if config.train.batch_size % (steps * mesh["data"] * mesh["fsdp"]):
+        raise ValueError(
+            f"train.batch_size is {config.train.batch_size}; it must be a multiple of "
+            "optimizer.accumulate_steps × mesh.data × mesh.fsdp = "
+            f"{steps} × {mesh['data']} × {mesh['fsdp']}."
+        )
+    for key, heads in (("num_heads", model.num_heads), ("num_kv_heads", model.kv_heads)):
+        if heads % mesh["tensor"]:
+            raise ValueError(
+                f"model.{key} is {heads}; it must be a multiple of mesh.tensor = {mesh['tensor']}."
+            )
+    if config.data.context_length % mesh["seq"]:
+        raise ValueError(
+            f"data.context_length is {config.data.context_length}; it must be a multiple of "
+            f"mesh.seq = {mesh['seq']}."
         )
 
 
@@ -122,6 +141,11 @@ def from_json(text: str) -> ConfigDict:
     if not isinstance(content, dict):
         raise ValueError(f"a configuration must be a JSON object, not {type(content).__name__}.")
     return ConfigDict(_tuples(content))
+
+
+def is_placement(difference: str) -> bool:
+    """Whether a difference, of `differences`, is in where and in which order a run is computed."""
+    return difference.startswith(_PLACEMENT)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from rbf_jax.training.config import model_config
 from rbf_jax.training.evaluation import evaluate
 from rbf_jax.training.metrics import read_valid_losses
 from rbf_jax.training.run_folder import RunFolder, write_json
-from rbf_jax.training.sharding import make_mesh, replicated
+from rbf_jax.training.sharding import make_mesh, on_mesh, replicated
 from rbf_jax.training.step import make_eval_step
 
 
@@ -91,12 +91,14 @@ def evaluate_run(
     config, data = run.config, run.data
     rows = config.train.batch_size // config.optimizer.accumulate_steps
     # As many devices as the rows can be split over.
-    mesh = make_mesh(jax.devices()[: math.gcd(rows, jax.device_count())])
+    mesh = make_mesh(devices=jax.devices()[: math.gcd(rows, jax.device_count())])
     result = {
         "step": run.step,
         "split": split,
         **evaluate(
-            jax.jit(make_eval_step(run.model, packed=config.data.layout == "packed")),
+            on_mesh(
+                mesh, jax.jit(make_eval_step(run.model, packed=config.data.layout == "packed"))
+            ),
             jax.device_put(run.variables["params"], replicated(mesh)),
             data.batches(split, rows, shuffle=False, repeat=False),
             mesh,

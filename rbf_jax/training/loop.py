@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from rbf_jax import environment
 from rbf_jax.training.config import validate
+from rbf_jax.training.distributed import is_first, together
 from rbf_jax.training.evaluation import bits_per_byte
 from rbf_jax.training.metrics import require_packages
 from rbf_jax.training.run_folder import RunFolder, write_json
@@ -52,29 +53,30 @@ def train(
       TrainingStopped: a signal came, and the state was saved.
       TrainingDiverged: loss, gradients or parameters are not finite.
     """
-    folder, mesh = RunFolder(run_dir), make_mesh()
+    folder = RunFolder(run_dir)
     with StopRequest() as stop, contextlib.ExitStack() as stack:
         with _setup_errors():
-            _require_one_process()
-            validate(config, mesh.size)
-            require_packages(config.logging)
-            stack.enter_context(folder.claimed(config))
-            if (finished := folder.read_summary()) is not None:
+            validate(config, jax.device_count())
+            mesh = make_mesh(config.mesh)
+            with together():
+                require_packages(config.logging)
+                if is_first():
+                    stack.enter_context(folder.claimed(config))
+            with together():
+                # Other processes may see another folder, or were given another configuration.
+                folder.require_config(config)
+                finished = folder.read_summary()
+            if finished is not None:
                 logger.info("The run in %s has finished already.", folder.path)
                 return finished
             trainer = Trainer(config, folder, mesh, on_evaluation)
         with contextlib.closing(trainer):
             trainer.run(stop)
         summary = _summary(trainer)
-        write_json(folder.summary, summary)
+        with together():
+            if is_first():
+                write_json(folder.summary, summary)
     return summary
-
-
-def _require_one_process() -> None:
-    if (count := jax.process_count()) > 1:
-        raise ValueError(
-            f"jax.process_count() is {count}; training runs in one process, on all its devices."
-        )
 
 
 @contextlib.contextmanager

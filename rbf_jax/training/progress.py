@@ -37,15 +37,15 @@ class Stopwatch:
 class Progress:
     """A bar on a terminal; elsewhere a line now and then."""
 
-    def __init__(self, first_step: int, steps: int):
-        """Starts behind `first_step` of `steps`."""
+    def __init__(self, first_step: int, steps: int, *, shown: bool = True):
+        """Starts behind `first_step` of `steps`; no bar unless `shown`."""
         self._steps = steps
         self._bar = tqdm(
             total=steps,
             initial=first_step,
             unit=" steps",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (shown and sys.stderr.isatty()),
         )
         self._last_line = 0.0
 

@@ -72,6 +72,14 @@ class RunFolder:
         except ValueError as error:
             raise ValueError(f"{self.config} cannot be read: {error}") from error
 
+    def require_config(self, config: ConfigDict) -> None:
+        """Raises ValueError unless the folder holds this configuration."""
+        if changes := configs.differences(self.read_config().to_dict(), config.to_dict()):
+            raise ValueError(
+                f"{self.path} is used with two configurations at once. Different: "
+                f"{'; '.join(changes)}"
+            )
+
     def read_summary(self) -> dict[str, Any] | None:
         """Returns summary.json, or None while the run has not finished."""
         if not self.summary.is_file():
@@ -88,13 +96,19 @@ class RunFolder:
             changes = configs.differences(old.to_dict(), config.to_dict())
             if not changes:
                 return
-            if self.metrics.exists() or self.checkpoints.exists():
+            others = [change for change in changes if not configs.is_placement(change)]
+            if not others:
+                logger.info("%s goes on with %s.", self.path, "; ".join(changes))
+            elif self.metrics.exists() or self.checkpoints.exists():
                 raise ValueError(
                     f"{self.path} holds a run of another configuration; choose another --run, or "
-                    f"delete it. Different: {'; '.join(changes)}"
+                    f"delete it. Different: {'; '.join(others)}"
                 )
-            logger.info("%s: nothing was trained yet; it takes the new configuration.", self.path)
-            self.tokenizer.unlink(missing_ok=True)
+            else:
+                logger.info(
+                    "%s: nothing was trained yet; it takes the new configuration.", self.path
+                )
+                self.tokenizer.unlink(missing_ok=True)
         write_text(self.config, configs.to_json(config))
 
 

@@ -34,7 +34,8 @@ class StopRequest:
         where: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None was not set by Python, as JAX's own in a run of several processes.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received == signal.SIGINT == number:

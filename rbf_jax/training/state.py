@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -44,15 +46,16 @@ def create_state(
       mesh: of `make_mesh`.
     """
 
-    def create(key: jax.Array) -> TrainState:
+    def create(seed: jax.Array) -> TrainState:
         # Shapes do not depend on the tokens.
-        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, params, optimizer.init(params), zero)
 
-    key = jax.random.key(seed)
-    shardings = state_shardings(mesh, jax.eval_shape(create, key))
-    return jax.jit(create, out_shardings=shardings)(key)
+    # A NumPy number, which is the same in all processes.
+    argument = np.uint32(seed)
+    shardings = state_shardings(mesh, jax.eval_shape(create, argument))
+    return jax.jit(create, out_shardings=shardings)(argument)
 
 
 class Fingerprint(NamedTuple):
@@ -92,7 +95,11 @@ def digest(tree: Any) -> jax.Array:
     total = jnp.zeros((), jnp.uint32)
     for position, leaf in enumerate(jax.tree.leaves(tree)):
         unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32).ravel()
-        place = jnp.arange(bits.size, dtype=jnp.uint32) + jnp.uint32(position * 0x9E3779B1 % 2**32)
+        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+        # Counted dimension by dimension: flattened, arrays that are split would be gathered.
+        place = jnp.full(bits.shape, position * 0x9E3779B1 % 2**32, jnp.uint32)
+        for axis in range(bits.ndim):
+            stride = math.prod(bits.shape[axis + 1 :]) % 2**32
+            place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride)
         total += jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
     return total

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from rbf_jax.nn import CausalLM
 from rbf_jax.training.optimizer import make_schedule
-from rbf_jax.training.sharding import Batch, batch_sharding, state_shardings
+from rbf_jax.training.sharding import Batch, batch_sharding, replicated, state_shardings
 from rbf_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -132,14 +132,15 @@ def compile_train_step(
             packed=config.data.layout == "packed",
         ),
         in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, None),
+        out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
     shape = (config.train.batch_size, config.data.context_length)
     names = ("inputs", "targets", "positions", "segment_ids")
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
     batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.bool)
-    return train_step.lower(state, batch).compile()
+    with jax.set_mesh(mesh):
+        return train_step.lower(state, batch).compile()
 
 
 def _micro_batches(batch: Batch, number: int) -> Batch:

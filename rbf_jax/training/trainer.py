@@ -6,7 +6,7 @@ import collections
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
@@ -16,15 +16,33 @@ from rbf_jax.data import load_data
 from rbf_jax.nn import CausalLM
 from rbf_jax.training.checkpoint import Checkpoints
 from rbf_jax.training.config import model_config
+from rbf_jax.training.distributed import (
+    StopVote,
+    first_before_others,
+    is_first,
+    texts_of_all,
+    together,
+)
 from rbf_jax.training.evaluation import evaluate
-from rbf_jax.training.metrics import MetricsFile, Values, all_finite, open_writers, to_numbers
+from rbf_jax.training.metrics import (
+    MetricsFile,
+    Values,
+    Writer,
+    all_finite,
+    open_writers,
+    read_valid_losses,
+    to_numbers,
+)
 from rbf_jax.training.optimizer import make_optimizer
 from rbf_jax.training.progress import Progress, Stopwatch
 from rbf_jax.training.run_folder import RunFolder
-from rbf_jax.training.sharding import place_batch
+from rbf_jax.training.sharding import data_share, on_mesh, place_batch, replicated
 from rbf_jax.training.signals import StopRequest
 from rbf_jax.training.state import create_state, fingerprint
 from rbf_jax.training.step import compile_train_step, make_eval_step, make_inspect_step
+
+if TYPE_CHECKING:
+    import grain
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +100,12 @@ class Trainer:
         """
         self.config = config
         self._folder, self._mesh, self._on_evaluation = folder, mesh, on_evaluation
-        self.data = load_data(config.data, seed=config.seed, tokenizer_dir=folder.path)
+        # Process 0 first: it makes the tokenizer, and the cache where it is shared.
+        self.data = first_before_others(
+            lambda: load_data(config.data, seed=config.seed, tokenizer_dir=folder.path)
+        )
+        if len(set(texts_of_all(self.data.fingerprint))) > 1:
+            raise ValueError("the processes have not all found the same data and tokenizer.")
         self.model = CausalLM(model_config(config, self.data.tokenizer.vocab_size))
         self._optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.state = create_state(self.model, self._optimizer, config.seed, mesh)
@@ -107,7 +130,7 @@ class Trainer:
     @property
     def valid_losses(self) -> dict[int, float]:
         """Validation loss by step."""
-        return self._metrics.valid_losses
+        return self._checkpoints.losses
 
     def run(self, stop: StopRequest) -> None:
         """Trains to the last step.
@@ -118,11 +141,12 @@ class Trainer:
         """
         steps = self.config.train.steps
         in_flight: collections.deque[jax.Array] = collections.deque()
-        with Progress(self.step, steps) as progress:
+        vote = StopVote(self._mesh)
+        with Progress(self.step, steps, shown=is_first()) as progress:
             self._watch.start()
             while self.step < steps:
-                if stop.received is not None:
-                    self._stop(stop.received)
+                if signal := vote(stop.received):
+                    self._stop(signal)
                 batch = place_batch(next(self._batches), self._mesh)
                 self.state, metrics = self._train_step(self.state, batch)
                 self.step += 1
@@ -138,9 +162,6 @@ class Trainer:
     def _open(self, opened: contextlib.ExitStack) -> None:
         """Opens data, checkpoints and metrics where the run goes on; `opened` closes them."""
         config, folder = self.config, self._folder
-        batch_size = config.train.batch_size
-        self._batches = iter(self.data.batches("train", batch_size, shuffle=True, repeat=True))
-        opened.callback(self._batches.close)
         self._checkpoints = Checkpoints(
             folder.checkpoints,
             keep=config.train.keep_checkpoints,
@@ -148,16 +169,36 @@ class Trainer:
         )
         opened.callback(self._checkpoints.close)
         seconds = 0.0
-        if restored := self._checkpoints.restore_newest(self.state, self._batches):
+        if restored := self._checkpoints.restore_newest(self.state):
             self.state, seconds = restored
         self.step = self._last_check = int(self.state.step)
         self._watch = Stopwatch(seconds)
         self._logged = (self.step, seconds)
-        self._metrics = MetricsFile(folder.metrics, self.step)
-        self._checkpoints.losses.update(self._metrics.valid_losses)
-        self._writers = [self._metrics, *open_writers(config, folder, self.step)]
-        for writer in self._writers:
-            opened.callback(writer.close)
+        with together():
+            self._batches = iter(self._share_of("train", config.train.batch_size, self.step))
+            opened.callback(self._batches.close)
+            losses = read_valid_losses(folder.metrics)
+            self._checkpoints.losses.update((s, losses[s]) for s in losses if s <= self.step)
+            self._writers: list[Writer] = []
+            if is_first():
+                self._writers.append(MetricsFile(folder.metrics, self.step))
+                self._writers += open_writers(config, folder, self.step)
+            for writer in self._writers:
+                opened.callback(writer.close)
+
+    def _share_of(self, split: str, rows: int, start: int = 0) -> grain.IterDataset:
+        """Returns this process's share of batches of `rows` rows: of "train" in random order for
+        ever, of "valid" once."""
+        index, count = data_share(self._mesh)
+        return self.data.batches(
+            split,
+            rows // count,
+            shuffle=split == "train",
+            repeat=split == "train",
+            process_index=index,
+            process_count=count,
+            start=start,
+        )
 
     def _compile(self) -> None:
         packed = self.config.data.layout == "packed"
@@ -165,8 +206,11 @@ class Trainer:
         self._train_step = compile_train_step(
             self.config, self.model, self._optimizer, self.state, self._mesh
         )
-        self._eval_step = jax.jit(make_eval_step(self.model, packed=packed))
-        self._inspect_step = jax.jit(make_inspect_step(self.model))
+        whole = replicated(self._mesh)
+        eval_step = jax.jit(make_eval_step(self.model, packed=packed), out_shardings=whole)
+        inspect_step = jax.jit(make_inspect_step(self.model), out_shardings=whole)
+        self._eval_step = on_mesh(self._mesh, eval_step)
+        self._inspect_step = on_mesh(self._mesh, inspect_step)
 
     def _after_step(self, batch: Any, metrics: dict[str, jax.Array], progress: Progress) -> None:
         """Logs, evaluates and saves where it is time to."""
@@ -213,7 +257,7 @@ class Trainer:
         values = evaluate(
             self._eval_step,
             self.state.params,
-            self.data.batches("valid", rows, shuffle=False, repeat=False),
+            self._share_of("valid", rows),
             self._mesh,
             bytes_per_token=self.data.bytes_per_token["valid"],
             limit=self.config.train.eval_batches,
@@ -229,7 +273,7 @@ class Trainer:
             self._diverged(self.step)
         for writer in self._writers:
             writer.flush()
-        self._checkpoints.save(self.state, self._batches, self.seconds)
+        self._checkpoints.save(self.state, self.seconds)
 
     def _stop(self, signal: int) -> None:
         self._require_finite()  # Which waits for the steps in flight.

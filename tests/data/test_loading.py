@@ -166,6 +166,24 @@ def test_state_goes_on_with_the_same_batches(data, done):
     assert_equal(take(again, 12), expected)
 
 
+@pytest.mark.parametrize("start", [1, 9, 60])
+def test_a_later_start_leaves_out_the_batches_before(data, start):
+    def batches(size, **options):
+        return iter(data.batches("train", size, shuffle=True, repeat=True, **options))
+
+    expected = take(batches(4), start + 5)[start:]
+    assert_equal(take(batches(4, start=start), 5), expected)
+    # Another number of processes than before.
+    halves = [
+        take(batches(2, start=start, process_index=index, process_count=2), 5) for index in (0, 1)
+    ]
+    together = [
+        {key: np.concatenate([batch[key] for batch in step]) for key in step[0]}
+        for step in zip(*halves)
+    ]
+    assert_equal(together, expected)
+
+
 def test_state_through_orbax(data, tmp_path):
     import grain
     import orbax.checkpoint as ocp
@@ -301,6 +319,7 @@ def test_defaults_are_those_of_the_schema():
         ({"split": "test"}, r"split is 'test'; it must be one of train, valid"),
         ({"batch_size": 0}, r"batch_size is 0; it must be at least 1"),
         ({"process_index": 2, "process_count": 2}, r"process_index is 2; .* process_count - 1 = 1"),
+        ({"start": -1}, r"start is -1; it must be at least 0"),
         ({"process_count": 0}, r"process_index is 0; .* process_count - 1 = -1"),
     ],
 )

@@ -26,8 +26,12 @@ def test_the_defaults_are_valid(config):
         ("optimizer.learning_rate", 1e-6, "at most optimizer.learning_rate = 1e-06"),
         ("optimizer.b2", 1.0, r"b2 is 1.0; it must be in \[0, 1\)"),
         ("optimizer.clip_norm", 0.0, "clip_norm is 0.0"),
-        ("optimizer.accumulate_steps", 3, r"multiple of .* devices = 3 × 2"),
+        ("optimizer.accumulate_steps", 3, r"multiple of .* = 3 × 2 × 1\."),
         ("train.batch_size", 33, "batch_size is 33; it must be a multiple"),
+        ("mesh.tensor", 3, r"mesh is data=-1, .* product, 3, must divide .* of devices, 2\."),
+        ("mesh.data", 1, r"mesh is data=1, .* product, 1, must be the number of devices, 2\."),
+        ("mesh.seq", -1, r"mesh is .* seq=-1; only one axis may be -1"),
+        ("mesh.fsdp", 0, r"mesh is .* fsdp=0, .* each axis must be at least 1, or -1 to fill"),
         ("train.eval_every", 150, "must be a multiple of train.checkpoint_every = 100"),
         ("model.num_heads", 3, "num_heads=3 must divide d_model=256"),
         ("model.attention.kind", "rbg", "did you mean 'rbf'"),
@@ -40,6 +44,27 @@ def test_wrong_values_are_named(key, value, message, config):
     with pytest.raises(ValueError, match=message) as error:
         validate(config, 2)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("axis", "key", "value", "message"),
+    [
+        (
+            "tensor",
+            "model.num_heads",
+            1,
+            "num_heads is 1; it must be a multiple of mesh.tensor = 2",
+        ),
+        ("tensor", "model.num_kv_heads", 1, "num_kv_heads is 1; .* multiple of mesh.tensor = 2"),
+        ("seq", "data.context_length", 255, "length is 255; .* a multiple of mesh.seq = 2"),
+    ],
+)
+def test_what_the_mesh_splits_is_even(axis, key, value, message, config):
+    config.mesh[axis] = 2
+    validate(config, 2)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=message):
+        validate(config, 2)
 
 
 def test_the_widest_window_that_leaves_something_out_is_valid(config):

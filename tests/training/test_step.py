@@ -42,7 +42,7 @@ def one_step(model, batch):
     config.warmup_steps = 0
 
     def run(devices=1, accumulate_steps=1, batch=batch):
-        mesh = make_mesh(jax.devices()[:devices])
+        mesh = make_mesh(devices=jax.devices()[:devices])
         optimizer = make_optimizer(config, 10)
         state = create_state(model, optimizer, 0, mesh)
         shardings = state_shardings(mesh, state)
