@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-EXTRAS := train,tfds,dev
+EXTRAS := train,tfds,sweep,dev
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 RUNS   := runs/demo
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check

@@ -11,7 +11,7 @@ import difflib
 import importlib.util
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, FieldReference, config_flags
 
 from configs import base
 
-_OVERRIDE = re.compile(r"--?(no)?config\.(?P<key>[^=]*)")
+Schema = Callable[[], ConfigDict]
 
 
 class _OrNone(flags.ArgumentParser):
@@ -65,22 +65,55 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, Path]:
     Raises:
       ValueError: in one line, what is wrong with the command line or the configuration.
     """
-    spec, argv = _take_config(argv)
-    config = read_config(spec)
-    for argument in argv:
-        if match := _OVERRIDE.match(argument):
-            _require_key(match["key"], "on the command line")
+    spec, argv = take_config(argv)
     values = flags.FlagValues()
     default_run = Path("runs") / Path(spec).name.replace(".py:", "_").removesuffix(".py")
     flags.DEFINE_string("run", str(default_run), "run folder", flag_values=values)
+    config, argv = override(read_config(spec), "config", argv, values)
+    require_no_more(argv)
+    return config, Path(values.run)
+
+
+def override(
+    config: ConfigDict,
+    name: str,
+    argv: Sequence[str],
+    values: flags.FlagValues,
+    schema: Schema = base.get_config,
+    *,
+    known_only: bool = False,
+) -> tuple[ConfigDict, list[str]]:
+    """Sets what ``--NAME.KEY=VALUE`` on the command line says, and reads the flags of `values`.
+
+    Args:
+      config: is changed.
+      name: of the configuration in flags.
+      argv: the command line, the program's name first.
+      values: other flags, defined.
+      schema: of the configuration.
+      known_only: leave flags that are not known for later; otherwise they are an error.
+
+    Returns:
+      The configuration, and the command line without what was understood.
+
+    Raises:
+      ValueError: in one line, what is wrong.
+    """
+    for argument in argv:
+        if match := re.match(rf"--?(no)?{name}\.(?P<key>[^=]*)", argument):
+            _require_key(match["key"], "on the command line", schema)
     try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-        rest = values(argv)[1:]
+        config_flags.DEFINE_config_dict(name, config, flag_values=values, sys_argv=list(argv))
+        rest = values(list(argv), known_only=known_only)
     except (flags.Error, TypeError, ValueError) as error:
         raise ValueError(_message(error)) from error
-    if rest:
-        raise ValueError(f"argument {rest[0]!r} is not understood: give --name=value.")
-    return checked(config, "on the command line"), Path(values.run)
+    return checked(config, "on the command line", schema), rest
+
+
+def require_no_more(argv: Sequence[str]) -> None:
+    """Raises ValueError if the command line holds more than the program's name."""
+    for argument in argv[1:]:
+        raise ValueError(f"argument {argument!r} is not understood: give --name=value.")
 
 
 def read_config(spec: str) -> ConfigDict:
@@ -92,9 +125,18 @@ def read_config(spec: str) -> ConfigDict:
     Raises:
       ValueError: the file is missing or wrong.
     """
+    return checked(load_config(spec), f"in {spec.partition(':')[0]}")
+
+
+def load_config(spec: str) -> Any:
+    """Returns what the get_config of a file returns, unchecked.
+
+    Raises:
+      ValueError: the file is missing, or fails.
+    """
     path, *variant = spec.split(":", 1)
     if not Path(path).is_file():
-        files = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem[0] != "_")
+        files = sorted(str(file) for file in Path("configs").rglob("*.py") if file.stem[0] != "_")
         near = difflib.get_close_matches(path, files, n=1, cutoff=0)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise ValueError(f"config file {path} does not exist{hint}")
@@ -104,38 +146,39 @@ def read_config(spec: str) -> ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        config = module.get_config(*variant)
+        return module.get_config(*variant)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # ConfigDict's own errors and those of a variant that does not exist.
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = f"{path}, line {lines[-1]}" if lines else path
         raise ValueError(f"{where}: {_message(error)}") from error
-    return checked(config, f"in {path}")
 
 
-def checked(config: Mapping[str, Any], where: str) -> ConfigDict:
+def checked(config: Mapping[str, Any], where: str, schema: Schema = base.get_config) -> ConfigDict:
     """Returns `config` as base.py has it: the same keys, each of its type.
 
     Args:
       config: a ConfigDict or nested dictionaries.
       where: of the configuration, for errors.
+      schema: makes the configuration with all keys and their defaults.
 
     Raises:
       ValueError: a key is missing or unknown, or its value is of another type.
     """
     if not isinstance(config, Mapping | ConfigDict):
         raise ValueError(f"get_config {where} returned {type(config).__name__}, not a ConfigDict.")
-    result = base.get_config()
-    schema = _flat(result)
+    result = schema()
+    known = _flat(result)
     given = _flat(config)
     for key in given:
-        _require_key(key, where)
-    if missing := sorted(schema.keys() - given.keys()):
-        raise ValueError(f"{where}: {missing[0]} is missing; start from configs.base.get_config().")
+        _require_key(key, where, schema)
+    if missing := sorted(known.keys() - given.keys()):
+        start = f"{schema.__module__}.get_config()"
+        raise ValueError(f"{where}: {missing[0]} is missing; start from {start}.")
     for key, value in given.items():
         parent, _, leaf = key.rpartition(".")
         section = result[parent] if parent else result
-        field, kind = schema[key], section.get_type(leaf)
+        field, kind = known[key], section.get_type(leaf)
         value = value.get() if isinstance(value, FieldReference) else value
         if value is None and isinstance(field, FieldReference):
             section[leaf] = None
@@ -162,7 +205,7 @@ def _type_message(key: str, value: Any, kind: type, where: str) -> str:
     return f"{where}: {key} is {value!r}, but must be {kinds.get(kind, f'a {kind.__name__}')}."
 
 
-def _take_config(argv: Sequence[str]) -> tuple[str, list[str]]:
+def take_config(argv: Sequence[str]) -> tuple[str, list[str]]:
     """Returns the value of --config, and the command line without it."""
     for position, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
@@ -173,9 +216,9 @@ def _take_config(argv: Sequence[str]) -> tuple[str, list[str]]:
     raise ValueError("--config=FILE.py is missing; for example --config=configs/smoke.py.")
 
 
-def _require_key(key: str, where: str) -> None:
-    """Raises ValueError, with the nearest key, unless base.py has `key`."""
-    keys = list(_flat(base.get_config()))
+def _require_key(key: str, where: str, schema: Schema = base.get_config) -> None:
+    """Raises ValueError, with the nearest key, unless the schema has `key`."""
+    keys = list(_flat(schema()))
     if key in keys:
         return
 

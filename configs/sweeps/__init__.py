@@ -1,0 +1,1 @@
+"""Sweep files: one per sweep; base.py is the whole schema."""

@@ -1,0 +1,4 @@
+"""Sweeps: many runs over a space of configurations, with Optuna and submitit.
+
+Needs the packages of the extra ``sweep``.
+"""
