@@ -87,7 +87,7 @@ def _read_sweep_file(spec: str) -> tuple[Any, Any]:
         raise ValueError(f"{where}: space is missing; start from configs.sweeps.base.get_config().")
     space = config.space
     with config.unlocked():
-        config["space"] = ()
+        config["space"] = None
     return config_files.checked(config, where, base.get_config), space
 
 
@@ -102,13 +102,15 @@ def _make_sweep(settings: dict[str, Any], start: dict[str, Any], space: Any, spe
         sweep = Sweep(**{**settings, "base": start, "parts": parse_space(space)})
     except ValueError as error:
         raise ValueError(f"in {spec}: {error}") from error
+    # Of one worker.
+    devices = max(1, sweep.slurm["gpus_per_node"]) if sweep.executor == "slurm" else 1
     points = sweep.points() if sweep.is_grid else [*sweep.parts[0].corners()]
     for point in points:
         changed = ", ".join(f"{key}={value!r}" for key, value in point.values.items())
         where = f"in {spec}, at {changed}"
         config = config_files.checked(from_json(json.dumps(sweep.config(point.values, 0))), where)
         try:
-            validate(config, 1)
+            validate(config, devices)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     return sweep

@@ -26,7 +26,7 @@ On the command line: ``--config.workers=2`` for the keys below, ``--base.train.s
 of the configuration that all trials start from.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 
 def linear_range(low: float, high: float) -> dict[str, float | bool]:
@@ -64,8 +64,8 @@ def get_config() -> ConfigDict:
         {
             # Configuration file that all trials start from, with :VARIANT where it has some.
             "base": "",
-            # As said above.
-            "space": (),
+            # A tuple of axes, or a dictionary of such tuples, as said above.
+            "space": FieldReference(None, field_type=object),
             # Each point is trained with the seeds 0 … seeds - 1, a trial each.
             "seeds": 1,
             # "grid": every point. "random", "tpe": `trials` points drawn from one product of axes,

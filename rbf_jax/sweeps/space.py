@@ -154,7 +154,7 @@ def parse(space: Any) -> tuple[Part, ...]:
     if isinstance(space, Mapping) or hasattr(space, "items"):
         parts = tuple(_part(str(name), axes) for name, axes in space.items())
     else:
-        parts = (_part("", space),)
+        parts = (_part("", space or ()),)
     if not parts or not all(part.axes for part in parts):
         raise ValueError("space is empty; it must hold at least one axis {key: values}.")
     return parts

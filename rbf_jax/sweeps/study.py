@@ -113,6 +113,8 @@ class SweepStudy:
     def claim(self) -> Claim | None:
         """Takes a trial that nobody trains: one that lost its worker, else one not yet begun.
 
+        The claim's lock ends with this process, or when it is closed.
+
         Returns:
           The trial, or None if there is none left to take.
         """

@@ -61,7 +61,7 @@ class Worker:
             study = SweepStudy(folder)
             while (claim := study.claim()) is not None:
                 with claim.lock:
-                    if not run_trial(study, claim):
+                    if not run_trial(study, claim, self.name):
                         return
                 jax.clear_caches()
 
@@ -72,8 +72,13 @@ class Worker:
         return DelayedSubmission(self)
 
 
-def run_trial(study: SweepStudy, claim: Claim) -> bool:
+def run_trial(study: SweepStudy, claim: Claim, worker: str) -> bool:
     """Trains a trial and tells the study how it ended.
+
+    Args:
+      study: of the sweep.
+      claim: of the trial.
+      worker: its name, for the log.
 
     Returns:
       False if a signal stopped it; the trial is then to be gone on with.
@@ -84,6 +89,7 @@ def run_trial(study: SweepStudy, claim: Claim) -> bool:
     if not folder.config.is_file():  # Before the log, so that the folder is a run's at once.
         write_text(folder.config, to_json(config))
     with _log_to(folder.path / "log.txt"):
+        logger.info("Trial %d, taken by %s, process %d.", trial.number, worker, os.getpid())
         if claim.deaths >= sweep.max_deaths:
             step = trial.user_attrs["starts"][-1]
             reason = f"its worker died {claim.deaths} times after step {step}; see workers/"
