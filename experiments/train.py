@@ -1,7 +1,7 @@
 """Trains a model, or goes on with a run that was stopped.
 
     python -m experiments.train --config=configs/NAME.py[:VARIANT] [--run=DIR] [--config.KEY=VALUE]
-        [--coordinator=HOST:PORT --num_processes=N --process_id=I]
+        [--coordinator=HOST:PORT --num_processes=N --process_id=I] [--heartbeat_timeout=SECONDS]
 
 The run folder is runs/NAME or runs/NAME_VARIANT unless --run names another; all keys and what they
 mean are in configs/base.py. The same command again goes on with a run that was stopped or killed,
@@ -13,7 +13,8 @@ change: the devices, `mesh`, optimizer.accumulate_steps and model.remat.
 All devices of the process take part; of several processes, all of theirs, in a run folder that all
 can see. Under Slurm's `srun` processes find each other by themselves; elsewhere each is given the
 coordinator, which is process 0, the number of processes and its own, as above or as
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A signal to one stops all after the
+same step. When one dies the others end within the heartbeat timeout, 60 seconds unless given.
 
 Exit status: 0 finished; 1 diverged, or another process has gone; 2 wrong command, configuration or
 data; 128 + N stopped by signal N after saving (143 for SIGTERM, 130 for Ctrl-C).
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _cluster_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("train", add_help=False, allow_abbrev=False)
-    for name in ("coordinator", "num_processes", "process_id"):
+    for name in ("coordinator", "num_processes", "process_id", "heartbeat_timeout"):
         parser.add_argument(f"--{name}")
     return parser
 

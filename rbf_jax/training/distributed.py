@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
 
-# Without a sign of life for so many seconds a process counts as dead, and JAX ends the others.
+# In seconds.
 HEARTBEAT_TIMEOUT = 60
 # Longest text that processes tell each other, in bytes of UTF-8.
 _TEXT_BYTES = 1024
@@ -32,6 +32,7 @@ def initialize(
     coordinator: str | None = None,
     num_processes: str | int | None = None,
     process_id: str | int | None = None,
+    heartbeat_timeout: str | int | None = None,
 ) -> None:
     """Joins the processes of a run, if it has several; before anything touches a device.
 
@@ -43,11 +44,14 @@ def initialize(
       coordinator: HOST:PORT of process 0.
       num_processes: of the run.
       process_id: of this one, from 0.
+      heartbeat_timeout: a process without a sign of life for so many seconds counts as dead, and
+        JAX ends the others; None for 60.
 
     Raises:
       ValueError: some are missing, or wrong.
       RuntimeError: the processes did not find each other in time.
     """
+    timeout = _integer("heartbeat_timeout", heartbeat_timeout or HEARTBEAT_TIMEOUT, 1, None)
     given = {
         name: value if value is not None else os.environ.get(name)
         for name, value in (
@@ -60,7 +64,7 @@ def initialize(
         # As in a step of srun; a batch script itself has the number of tasks but is one process.
         if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
             jax.distributed.initialize(
-                cluster_detection_method="slurm", heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
+                cluster_detection_method="slurm", heartbeat_timeout_seconds=timeout
             )
         return
     if missing := [name for name, value in given.items() if value is None]:
@@ -80,7 +84,7 @@ def initialize(
             index,
             # Explicit is explicit: no guess which of the devices to use, but JAX_LOCAL_DEVICE_IDS.
             cluster_detection_method="deactivate",
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            heartbeat_timeout_seconds=timeout,
         )
 
 

@@ -7,6 +7,7 @@ computes with the parts. jit and the compiler do the rest: the model does not kn
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Batch = Mapping[str, Any]
@@ -89,7 +90,7 @@ def make_mesh(
     return mesh
 
 
-def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Returns how an array of the training state is split.
 
     Args:
@@ -133,6 +134,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH_SPEC)
 
 
+@functools.lru_cache
 def data_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     """Returns which share of each batch's rows a process reads, and of how many shares.
 
@@ -144,13 +146,18 @@ def data_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
       process: its index; None for this process.
 
     Raises:
-      ValueError: the rows of the process's devices are no such share.
+      ValueError: some processes share a part of their rows only.
     """
     process = jax.process_index() if process is None else process
     rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
-    mine = [i for i, row in enumerate(rows) if any(d.process_index == process for d in row)]
+    held: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        for owner in {device.process_index for device in row}:
+            held.setdefault(owner, []).append(number)
+    mine = held[process]
     index, count = mine[0] // len(mine), len(rows) // len(mine)
-    if mine != list(range(index * len(mine), (index + 1) * len(mine))) or len(rows) % len(mine):
+    even = all(len(numbers) == len(mine) for numbers in held.values())
+    if not even or mine != list(range(index * len(mine), (index + 1) * len(mine))):
         text = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         raise ValueError(
             f"mesh is {text}; tensor × seq must divide the devices of a process, or be a multiple "
@@ -183,6 +190,43 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
         return jax.make_array_from_callback(shape, sharding, part)
 
     return {name: place(array) for name, array in batch.items()}
+
+
+def keep_rows_split(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """For `flax.linen.intercept_methods`: what modules return stays split by rows.
+
+    Left to itself, the compiler may rather gather the rows than parameters that "fsdp" splits. It
+    needs the mesh of `on_mesh`; without one nothing is split.
+    """
+    del context
+    sizes = jax.sharding.get_abstract_mesh().shape
+    shares = sizes.get("data", 1) * sizes.get("fsdp", 1)
+
+    def keep(x: Any) -> Any:
+        if shares == 1 or not isinstance(x, jax.Array) or x.ndim < 3 or x.shape[0] % shares:
+            return x
+        return jax.lax.with_sharding_constraint(
+            x, P(("data", "fsdp"), *(P.UNCONSTRAINED,) * (x.ndim - 1))
+        )
+
+    return jax.tree.map(keep, next_function(*args, **kwargs))
+
+
+def gather_outer(params: Any) -> Any:
+    """Returns the parameters with those outside the blocks whole along "fsdp": the head, which the
+    loss uses chunk by chunk, is then gathered once. It needs the mesh of `on_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+
+    def gather(path: jax.tree_util.KeyPath, x: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.startswith("block_"):
+            return x
+        spec = parameter_spec(name, x.shape, mesh)
+        return jax.lax.with_sharding_constraint(x, P(*(a if a != "fsdp" else None for a in spec)))
+
+    return jax.tree_util.tree_map_with_path(gather, params)
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,7 +17,14 @@ from ml_collections import ConfigDict
 
 from rbf_jax.nn import CausalLM
 from rbf_jax.training.optimizer import make_schedule
-from rbf_jax.training.sharding import Batch, batch_sharding, replicated, state_shardings
+from rbf_jax.training.sharding import (
+    Batch,
+    batch_sharding,
+    gather_outer,
+    keep_rows_split,
+    replicated,
+    state_shardings,
+)
 from rbf_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -41,13 +49,14 @@ def make_loss(model: CausalLM, *, packed: bool) -> Callable[[Any, Batch], jax.Ar
     """Returns the function (params, batch) → the targets' losses added up, float32 (), in nats."""
 
     def summed_loss(params: Any, batch: Batch) -> jax.Array:
-        losses: Any = model.apply(
-            {"params": params},
-            batch["inputs"],
-            batch["targets"],
-            **model_inputs(batch, packed=packed),
-            method="token_losses",
-        )
+        with nn.intercept_methods(keep_rows_split):
+            losses: Any = model.apply(
+                {"params": gather_outer(params)},
+                batch["inputs"],
+                batch["targets"],
+                **model_inputs(batch, packed=packed),
+                method="token_losses",
+            )
         return jnp.sum(losses, where=batch["loss_mask"])
 
     return summed_loss
