@@ -150,12 +150,12 @@ def _run(sweep: Sweep, path: Path) -> int:
 
 
 def _report(path: Path) -> int:
+    from configs.base import get_config
     from rbf_jax.sweeps import report
     from rbf_jax.sweeps.sweep import SweepFolder
 
-    for file in report.write(
-        SweepFolder(path), f"python -m experiments.sweep --report --sweep={path}"
-    ):
+    command = f"python -m experiments.sweep --report --sweep={path}"
+    for file in report.write(SweepFolder(path), get_config().to_dict(), command):
         print(file)
     return 0
 

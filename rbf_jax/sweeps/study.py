@@ -12,10 +12,17 @@ import dataclasses
 import fcntl
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
 import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -161,7 +168,10 @@ class SweepStudy:
         """Of a trial taken up again, and of one enqueued, Optuna knows the parameters already."""
         attrs = trial.user_attrs
         part = self._part(attrs)
-        params = {axis.name: self._suggest(trial, axis) for axis in part.varying}
+        params = {
+            axis.name: _suggest(trial, axis.name, distribution(axis, self._choices.get(axis.name)))
+            for axis in part.varying
+        }
         if "params" not in attrs:
             trial.set_user_attr("params", params)
         if not self.sweep.is_grid and attrs.get("seed", 0) == 0:
@@ -170,13 +180,6 @@ class SweepStudy:
         step = newest_checkpoint(self.folder.trial(trial.number))
         trial.set_user_attr("starts", [*starts, step])
         return Claim(trial, part.point(params), attrs.get("seed", 0), lock, starts.count(step))
-
-    def _suggest(self, trial: Trial, axis: space.Axis) -> Any:
-        if (ends := axis.range) is None:
-            return trial.suggest_categorical(axis.name, self._choices[axis.name])
-        if ends.integer:
-            return trial.suggest_int(axis.name, int(ends.low), int(ends.high), log=ends.log)
-        return trial.suggest_float(axis.name, ends.low, ends.high, log=ends.log)
 
     def _enqueue_grid(self) -> None:
         """Enqueues what is missing, all of it at first; a killed program may have left a part."""
@@ -192,6 +195,25 @@ class SweepStudy:
         for seed in set(range(1, self.sweep.seeds)) - there:
             attrs = {"part": part, "params": params, "seed": seed, "of": number}
             self.study.enqueue_trial(params, user_attrs=attrs)
+
+
+def distribution(axis: space.Axis, choices: Sequence[Any] | None) -> BaseDistribution:
+    """Returns what Optuna draws an axis from; `choices`, of one without a range, over all parts."""
+    if (ends := axis.range) is None:
+        return CategoricalDistribution(choices or ())
+    if ends.integer:
+        return IntDistribution(int(ends.low), int(ends.high), log=ends.log)
+    return FloatDistribution(ends.low, ends.high, log=ends.log)
+
+
+def _suggest(trial: Trial, name: str, drawn_from: BaseDistribution) -> Any:
+    if isinstance(drawn_from, FloatDistribution):
+        return trial.suggest_float(name, drawn_from.low, drawn_from.high, log=drawn_from.log)
+    if isinstance(drawn_from, IntDistribution):
+        return trial.suggest_int(name, drawn_from.low, drawn_from.high, log=drawn_from.log)
+    if isinstance(drawn_from, CategoricalDistribution):
+        return trial.suggest_categorical(name, drawn_from.choices)
+    raise TypeError(f"{name} has a {type(drawn_from).__name__}.")
 
 
 def newest_checkpoint(run: Path) -> int:
