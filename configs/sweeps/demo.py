@@ -21,7 +21,7 @@ def get_config():
         # One for all, so that attention alone differs.
         {"model.positions": ("rope",)},
         # Small enough for many.
-        {"data.tokenizer": ("bytes",)},
+        {"data.tokenizer": ("bytes",), "data.vocab_size": (4096,)},
         {"data.context_length": (64,)},
         {"model.d_model": (64,)},
         {"train.steps": (120,)},

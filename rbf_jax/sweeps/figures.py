@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
@@ -100,11 +99,10 @@ def parallel_figure(part: space.Part, groups: Sequence[Group], label: str) -> Fi
     shown = np.linspace(norm.vmin or 0.0, norm.vmax or 1.0, 5)
     _labels(axes, len(scales), [(float(norm(value)), f"{value:.4f}") for value in shown])
     axes.set_xticks(range(len(scales) + 1), [*(s.axis.name for s in scales), label])
-    axes.set(xlim=(-0.1, len(scales) + 0.25), ylim=(-0.05, 1.05), yticks=[])
+    axes.set(xlim=(-0.1, len(scales) + 0.25), ylim=(-0.05, 1.1), yticks=[])
     axes.grid(visible=False)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(axis="x", length=0)
-    figure.colorbar(ScalarMappable(norm, _VALUES), ax=axes, label=label, pad=0.01)
     return figure
 
 
@@ -114,7 +112,7 @@ def _labels(axes: Axes, x: float, labels: Sequence[tuple[float, str]]) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
     for height, name in labels:
         axes.plot([x - 0.015, x + 0.015], [height] * 2, color="0.3", linewidth=0.8, zorder=3)
-        axes.text(x + 0.03, height, name, va="center", fontsize=8, bbox=box, zorder=6)
+        axes.text(x + 0.03, height + 0.02, name, va="bottom", fontsize=8, bbox=box, zorder=6)
 
 
 @mpl.rc_context(STYLE)
@@ -203,6 +201,8 @@ def _series(
         label=label,
     )
     failed = [scale.position(g.point.params[scale.axis.name]) + shift for g in groups if g.failed]
+    if not failed:
+        return
     axes.plot(
         failed,
         [0.98] * len(failed),
