@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from rbf_jax.ops import cudnn, reference, validate, xla
+from rbf_jax.ops import cudnn, reference, sharded, validate, xla
 from rbf_jax.ops.triton import attention as triton
 from rbf_jax.ops.types import Inputs, Masking, Options
+from rbf_jax.ops.vjp import Passes
 
 _logger = logging.getLogger("rbf_jax")
 
@@ -25,6 +26,14 @@ class _Backend(NamedTuple):
     attend: Callable[[Inputs, Masking, Options], tuple[jax.Array, jax.Array | None]]
     # Why this call cannot be done, or None where it can.
     unsupported: Callable[[Inputs, Masking, Options], str | None]
+    # What is put together anew where a mesh splits the call.
+    passes: Passes | None = None
+
+    def for_mesh(self, inputs: Inputs, options: Options):
+        """``attend``, each device of the mesh that is set doing its part."""
+        if self.passes is None or (split := sharded.split_of(inputs, options)) is None:
+            return self.attend
+        return functools.partial(sharded.attend, self.passes, split)
 
 
 def _supports_everything(*_) -> None:
@@ -32,9 +41,9 @@ def _supports_everything(*_) -> None:
 
 
 _BACKENDS: dict[str, _Backend] = {
-    "triton": _Backend(triton.attend, triton.unsupported),
+    "triton": _Backend(triton.attend, triton.unsupported, triton.PASSES),
     "cudnn": _Backend(cudnn.attend, cudnn.unsupported),
-    "xla": _Backend(xla.attend, _supports_everything),
+    "xla": _Backend(xla.attend, _supports_everything, xla.PASSES),
     "reference": _Backend(reference.attend, _supports_everything),
 }
 
@@ -194,7 +203,7 @@ def _choose(implementation: str | None, inputs: Inputs, masking: Masking, option
         raise NotImplementedError(
             f"implementation={implementation!r} {reason}; {' and '.join(able)} can do this call."
         )
-    return _BACKENDS[implementation].attend
+    return _BACKENDS[implementation].for_mesh(inputs, options)
 
 
 def _best(inputs: Inputs, masking: Masking, options: Options):
@@ -208,10 +217,11 @@ def _best(inputs: Inputs, masking: Masking, options: Options):
         reason = _BACKENDS[name].unsupported(inputs, masking, options)
         if reason is None:
             _log_choice(f"takes {name!r} where the program is compiled for CUDA, else 'xla'")
-            return functools.partial(_where_cuda, _BACKENDS[name].attend)
+            on_cuda = _BACKENDS[name].for_mesh(inputs, options)
+            return functools.partial(_where_cuda, on_cuda)
         refused.append(f"{name!r} {reason}")
     _log_choice(f"takes 'xla', since {' and '.join(refused)}")
-    return xla.attend
+    return _BACKENDS["xla"].for_mesh(inputs, options)
 
 
 def _where_cuda(on_cuda, inputs: Inputs, masking: Masking, options: Options):
@@ -224,8 +234,9 @@ def _where_cuda(on_cuda, inputs: Inputs, masking: Masking, options: Options):
 
         return call
 
+    elsewhere = _BACKENDS["xla"].for_mesh(inputs, options)
     return jax.lax.platform_dependent(
-        inputs, masking, cuda=output(on_cuda), default=output(xla.attend)
+        inputs, masking, cuda=output(on_cuda), default=output(elsewhere)
     )
 
 

@@ -66,25 +66,35 @@ class Gradients(NamedTuple):
 
 
 Forward = Callable[[Inputs, Masking, Options], tuple[jax.Array, jax.Array]]
-# (residuals, dout (B, T, N, H), dlogsumexp (B, T, N) in the accumulation dtype, options)
-Backward = Callable[[Residuals, jax.Array, jax.Array, Options], Gradients]
 
 
-def with_custom_vjp(
-    forward: Forward,
-    backward: Backward,
+class Passes(NamedTuple):
+    """An implementation that has a forward and a backward pass of its own.
+
+    Attributes:
+      forward: returns the output and the logsumexp in a form of its own choice.
+      backward: receives residuals with the logsumexp in that form, dout (B, T, N, H), dlogsumexp
+        (B, T, N) in the accumulation dtype, and the options.
+      natural_logsumexp: from that form and the inputs makes the natural logarithm, (B, T, N) in the
+        accumulation dtype, −inf for rows that may attend to nothing.
+      own_logsumexp: the inverse.
+    """
+
+    forward: Forward
+    backward: Callable[[Residuals, jax.Array, jax.Array, Options], Gradients]
     natural_logsumexp: Callable[[jax.Array, Inputs], jax.Array] = lambda logsumexp, inputs: (
         logsumexp
-    ),
-) -> Forward:
+    )
+    own_logsumexp: Callable[[jax.Array], jax.Array] = lambda logsumexp: logsumexp
+
+
+def with_custom_vjp(passes: Passes) -> Forward:
     """Returns ``attend(inputs, masking, options) -> (out, logsumexp)`` with the rule above.
 
     Args:
-      forward: returns the output and the logsumexp in a form of its own choice.
-      backward: receives the logsumexp in that form.
-      natural_logsumexp: from that form and the inputs makes the natural logarithm, (B, T, N) in the
-        accumulation dtype, −inf for rows that may attend to nothing.
+      passes: of the implementation.
     """
+    forward, backward, natural_logsumexp, _ = passes
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def call(options, inputs, masking):

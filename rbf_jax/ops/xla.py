@@ -28,7 +28,7 @@ from rbf_jax.ops.types import (
     allowed_pairs,
     group_heads,
 )
-from rbf_jax.ops.vjp import Gradients, Residuals, with_custom_vjp
+from rbf_jax.ops.vjp import Gradients, Passes, Residuals, with_custom_vjp
 
 # Upper limits of a block of queries and of keys, found by trying on two CPU cores: smaller ones pay
 # for more loop turns, larger ones fall out of the cache.
@@ -303,7 +303,8 @@ def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, opti
     )
 
 
-attend = with_custom_vjp(_forward, _backward)
+PASSES = Passes(_forward, _backward)
+attend = with_custom_vjp(PASSES)
 
 
 def _rules(options: Options) -> Options:

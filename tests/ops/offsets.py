@@ -1,4 +1,4 @@
-"""Queries that are not at the position of their index: against a longer sequence that holds them."""
+"""Queries that are not at the position of their index, against a sequence that holds them."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,9 @@ def check(attend, name, offsets, dtype, tolerance):
             before = max(0, -start)
             first, length = before + start, before + S + T + max(0, start)
             long_q, long_k, long_v = (
-                jnp.zeros((1, length, *x.shape[2:]), x.dtype).at[:, at : at + x.shape[1]].set(x[row])
+                jnp.zeros((1, length, *x.shape[2:]), x.dtype)
+                .at[:, at : at + x.shape[1]]
+                .set(x[row])
                 for x, at in ((q, first), (k, before), (v, before))
             )
             mask = np.zeros((1, 1, 1, length), bool)

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rbf_jax.ops.partition import by_batch_and_heads
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.triton.tiles import Pass, Tiles, choose, overridden, padded_head_dim
 from rbf_jax.ops.types import Inputs, Masking, Options
-from rbf_jax.ops.vjp import Gradients, Residuals, with_custom_vjp
+from rbf_jax.ops.vjp import Gradients, Passes, Residuals, with_custom_vjp
 from rbf_jax.ops.vmap import folding_vmap
 
 _LOG2E = 1.4426950408889634
@@ -231,7 +232,32 @@ def _forward_program(plan: _Plan, full: _Full, shared: _Shared):
 
 
 def _forward_kernels(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.Array]:
-    return _forward_pass(_Call(plan, full, shared))
+    def kernels(full, shared):
+        return _forward_pass(_Call(plan, full, shared))
+
+    return _on_each_device(kernels, (full, shared), ("out", "logsumexp"))
+
+
+# The axes of an array: b batch, n query heads, k key/value heads, and others.
+_ROLES = {
+    **dict.fromkeys(("query", "out", "dout"), "b.n."),
+    **dict.fromkeys(("key", "value"), "b.k."),
+    **dict.fromkeys(("query_lengths", "key_lengths", "query_offset"), "b"),
+    **dict.fromkeys(("query_segments", "key_segments"), "b."),
+    **dict.fromkeys(("gamma", "key_norm_weight", "slopes"), "bn"),
+    **dict.fromkeys(("query_moment", "norm_moment"), "bn"),
+    "mask": "bn..",
+    "logsumexp": "bn.",
+    "dlogsumexp": "b.n",
+}
+
+
+def _on_each_device(kernels, arguments, results):
+    """Calls kernels on named tuples of arrays, split by batch and heads where those are sharded."""
+    given = [name for group in arguments for name, x in group._asdict().items() if x is not None]
+    return by_batch_and_heads(
+        kernels, arguments, [_ROLES[x] for x in given], [_ROLES[x] for x in results]
+    )
 
 
 def _forward_pass(call: _Call) -> tuple[jax.Array, jax.Array]:
@@ -273,13 +299,17 @@ def _forward_pass(call: _Call) -> tuple[jax.Array, jax.Array]:
 
 def _backward_kernels(plan: _Plan, full: _Full, shared: _Shared, given: _Rows) -> Gradients:
     """The gradients; the moments still have a batch axis."""
-    call = _Call(plan, full, shared)
-    dquery, delta, moments = _queries_pass(call, given)
-    dkey, dvalue, column_sums = _keys_pass(call, given, delta)
-    norms = jnp.repeat(call.norms[..., : call.S], call.N // call.K, axis=1)
-    return Gradients(
-        dquery, dkey, dvalue, jnp.sum(moments, axis=-1), jnp.sum(column_sums * norms, axis=-1)
-    )
+
+    def kernels(full, given, shared):
+        call = _Call(plan, full, shared)
+        dquery, delta, moments = _queries_pass(call, given)
+        dkey, dvalue, column_sums = _keys_pass(call, given, delta)
+        norms = jnp.repeat(call.norms[..., : call.S], call.N // call.K, axis=1)
+        return Gradients(
+            dquery, dkey, dvalue, jnp.sum(moments, axis=-1), jnp.sum(column_sums * norms, axis=-1)
+        )
+
+    return _on_each_device(kernels, (full, given, shared), Gradients._fields)
 
 
 def _queries_pass(call: _Call, given: _Rows) -> list[jax.Array]:
@@ -376,7 +406,15 @@ def _natural_logsumexp(logsumexp: jax.Array, inputs: Inputs) -> jax.Array:
     return jnp.where(jnp.isposinf(logsumexp), -jnp.inf, logsumexp * jnp.float32(_LN2))
 
 
-attend = with_custom_vjp(_forward, _backward, _natural_logsumexp)
+def _own_logsumexp(logsumexp: jax.Array) -> jax.Array:
+    """The inverse of `_natural_logsumexp`."""
+    logsumexp = jnp.where(jnp.isneginf(logsumexp), jnp.inf, logsumexp / jnp.float32(_LN2))
+    T = logsumexp.shape[1]
+    return jnp.pad(logsumexp.swapaxes(1, 2), [(0, 0), (0, 0), (0, _aligned(T) - T)])
+
+
+PASSES = Passes(_forward, _backward, _natural_logsumexp, _own_logsumexp)
+attend = with_custom_vjp(PASSES)
 
 
 def _segment_bounds(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 from jax import extend as jex
-from jax.interpreters import ad, mlir, xla
+from jax.interpreters import mlir, xla
 
 from rbf_jax.ops.triton.tiles import Tiles
 from rbf_jax.ops.varying import vary_like
@@ -124,14 +124,6 @@ def _primitive():
         return library.triton_kernel_call_lowering(backend, context, *arrays, **parameters)
 
     mlir.register_lowering(primitive, lower, platform="cuda")
-
-    def no_forward_mode(*_, **__):
-        raise NotImplementedError(
-            "implementation='triton' has no forward-mode derivatives (jvp), nor derivatives of its "
-            "gradients; 'xla' has the jvp of gradients, 'reference' has all."
-        )
-
-    ad.primitive_jvps[primitive] = no_forward_mode
     return primitive
 
 

@@ -1,0 +1,143 @@
+"""The operation on many devices: each does its part of the batch, the heads and the sequence.
+
+Inside ``jax.set_mesh(mesh)`` the mesh axes with these names say what is split:
+
+    "data", "fsdp"  the batch
+    "tensor"        the heads
+    "seq"           queries and keys, by ring attention
+
+An axis that does not divide what it splits is left out, and every device along it does the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from rbf_jax.ops.ring import Ring, ring_attention
+from rbf_jax.ops.types import Inputs, Masking, Options
+from rbf_jax.ops.vjp import Passes, with_custom_vjp
+
+BATCH_AXES = ("data", "fsdp")
+HEAD_AXIS = "tensor"
+SEQUENCE_AXIS = "seq"
+NAMES = (*BATCH_AXES, HEAD_AXIS, SEQUENCE_AXIS)
+# The axes of each argument: b batch, n heads, t sequence, and others.
+_AXES = {
+    **dict.fromkeys(("query", "key", "value"), "btn."),
+    **dict.fromkeys(("gamma", "key_norm_weight", "alibi_slopes"), "n"),
+    **dict.fromkeys(("query_lengths", "key_lengths", "query_offset"), "b"),
+    **dict.fromkeys(("query_segments", "key_segments"), "bt"),
+    "mask": "bnt.",
+}
+
+
+class Split(NamedTuple):
+    """Mesh axes that split a call; `ring` is how "seq" does, if it does."""
+
+    names: frozenset[str]
+    batch: tuple[str, ...]
+    heads: str | None
+    ring: Ring | None
+
+
+def split_of(inputs: Inputs, options: Options) -> Split | None:
+    """How the mesh that is set splits a call, or None if it does not.
+
+    Axes of explicit type, and those of a shard_map that the call is in, are left to the caller.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = {name for name in NAMES if mesh.shape.get(name, 1) > 1}
+    if not names or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return None
+    B, T, N, _ = inputs.query.shape
+    S, K = inputs.key.shape[1:3]
+    batch: tuple[str, ...] = ()
+    shares = 1
+    for name in BATCH_AXES:
+        if name in names and B % (shares * mesh.shape[name]) == 0:
+            batch, shares = (*batch, name), shares * mesh.shape[name]
+    heads = None
+    if HEAD_AXIS in names and N % mesh.shape[HEAD_AXIS] == 0 == K % mesh.shape[HEAD_AXIS]:
+        heads = HEAD_AXIS
+    ring = None
+    if SEQUENCE_AXIS in names:
+        size = mesh.shape[SEQUENCE_AXIS]
+        if min(T, S) >= 2 * size:
+            ring = Ring.plan(SEQUENCE_AXIS, size, T, S, options)
+    single = {name for name, size in mesh.shape.items() if size == 1}
+    return Split(frozenset(names | single), batch, heads, ring)
+
+
+def attend(passes: Passes, split: Split, inputs: Inputs, masking: Masking, options: Options):
+    """``attend`` of an implementation, each device doing its part.
+
+    Args:
+      passes: of the implementation.
+      split: of `split_of`.
+      inputs: of the whole call.
+      masking: of the whole call.
+      options: of the call.
+
+    Returns:
+      The output and the logsumexp, of the whole call.
+    """
+    T, ring = inputs.query.shape[1], split.ring
+    if ring is None:
+        local = with_custom_vjp(passes)
+    else:
+        inputs, masking = _fill_up(ring, inputs, masking)
+        local = ring_attention(ring, passes)
+    rows = None if ring is None else ring.axis
+    vectors = P(split.batch or None, rows, split.heads)
+
+    def specs(named_tuple):
+        """Of the arrays that are there; an axis of size 1 is not split."""
+        axes = {"b": split.batch or None, "n": split.heads, "t": rows, ".": None}
+        return type(named_tuple)(
+            **{
+                name: array
+                if array is None
+                else P(*(axes[x] if n > 1 else None for x, n in zip(_AXES[name], array.shape)))
+                for name, array in named_tuple._asdict().items()
+            }
+        )
+
+    out, logsumexp = jax.shard_map(
+        lambda inputs, masking: local(inputs, masking, options),
+        in_specs=(specs(inputs), specs(masking)),
+        out_specs=(vectors, vectors),
+        axis_names=split.names,
+        check_vma=False,
+    )(inputs, masking)
+    return out[:, :T], logsumexp[:, :T]
+
+
+def _fill_up(ring: Ring, inputs: Inputs, masking: Masking) -> tuple[Inputs, Masking]:
+    """Sequences of whole chunks; keys that are not there are beyond the length."""
+    B, S = inputs.key.shape[:2]
+
+    def pad(array, axis, length):
+        if array is None or array.shape[axis] in (1, length):
+            return array
+        widths = [(0, 0)] * array.ndim
+        widths[axis] = (0, length - array.shape[axis])
+        return jnp.pad(array, widths)
+
+    key_lengths = masking.key_lengths
+    if ring.key_length > S and key_lengths is None:
+        key_lengths = jnp.full(B, S, jnp.int32)
+    return inputs._replace(
+        query=pad(inputs.query, 1, ring.query_length),
+        key=pad(inputs.key, 1, ring.key_length),
+        value=pad(inputs.value, 1, ring.key_length),
+    ), masking._replace(
+        mask=pad(pad(masking.mask, 2, ring.query_length), 3, ring.key_length),
+        key_lengths=key_lengths,
+        query_segments=pad(masking.query_segments, 1, ring.query_length),
+        key_segments=pad(masking.key_segments, 1, ring.key_length),
+    )

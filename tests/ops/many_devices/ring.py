@@ -1,0 +1,153 @@
+"""Calls that a mesh splits, by batch, heads and sequence, held to the contract."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rbf_jax import rbf_attention
+from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
+from tests.ops import cases, contract
+
+XLA = functools.partial(rbf_attention, implementation="xla")
+SUBJECT = contract.Subject("xla on many devices", XLA)
+COLLECTIVES = re.compile(r"(all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
+
+
+def mesh_of(**sizes):
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+
+
+def violations(case, dtype, mesh):
+    contract.expected(case, dtype, True, 0)  # kept, so that it is not made under the mesh
+    with jax.set_mesh(mesh):
+        return contract.violations(SUBJECT, case, dtype)
+
+
+LENGTHS = {
+    "query_seq_lengths": lambda *_: np.array([40, 3]),
+    "key_value_seq_lengths": lambda *_: np.array([17, 43]),
+}
+SLOPES = {"alibi_slopes": lambda B, N, T, S: np.linspace(0, 0.3, N, dtype=np.float32)}
+CASES = [
+    cases.case("full", T=48, S=64),
+    cases.case("causal", T=64, S=64, is_causal=True),
+    cases.case("causal_filled_up", T=43, S=43, is_causal=True, per_head=True),
+    cases.case("causal_more_keys", T=29, S=51, is_causal=True),
+    cases.case("causal_more_queries", T=51, S=29, is_causal=True),
+    cases.case("short", T=5, S=5, is_causal=True),
+    cases.case("grouped", T=40, S=40, N=4, K=2, is_causal=True),
+    cases.case("sink", T=40, S=40, is_causal=True, origin_sink=True, offset=3.0),
+    cases.case("window", T=64, S=64, is_causal=True, local_window_size=11),
+    cases.case("window_of_one", T=64, S=64, is_causal=True, local_window_size=0),
+    cases.case("window_two_sided", T=64, S=50, local_window_size=(9, 20)),
+    cases.case("segments", T=43, S=43, is_causal=True, **cases.SEGMENTS),
+    cases.case("lengths", T=43, S=43, is_causal=True, **LENGTHS),
+    cases.case("alibi", T=43, S=43, is_causal=True, **SLOPES),
+    cases.case("mask", T=43, S=60, mask=cases._mask("B", "N", "T", "S"), is_causal=True),
+    cases.case("mask_of_keys", T=43, S=60, mask=cases._mask("B", "S")),
+    cases.case("far_keys", T=43, S=43, offset=60.0, is_causal=True),
+    cases.case(
+        "everything",
+        T=43,
+        S=43,
+        N=4,
+        K=2,
+        per_head=True,
+        is_causal=True,
+        origin_sink=True,
+        local_window_size=30,
+        **LENGTHS,
+        **SLOPES,
+        **cases.SEGMENTS,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_sequences(case):
+    assert not violations(case, "float32", mesh_of(seq=4))
+
+
+@pytest.mark.parametrize("name", ["causal_filled_up", "full", "everything"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sequences_in_16_bits(name, dtype):
+    case = next(case for case in CASES if case.name == name)
+    assert not violations(case, dtype, mesh_of(seq=8))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 2, "fsdp": 1, "tensor": 2, "seq": 2},
+        {"data": 2, "tensor": 2},
+        {"fsdp": 2, "seq": 4},
+    ],
+    ids=str,
+)
+def test_batch_and_heads_too(sizes):
+    assert not violations(
+        next(c for c in CASES if c.name == "everything"), "float32", mesh_of(**sizes)
+    )
+
+
+def test_what_does_not_divide_is_left_out():
+    case = cases.case("odd", T=30, S=30, B=3, N=3, K=3, is_causal=True)
+    assert not violations(case, "float32", mesh_of(data=2, tensor=2, seq=2))
+
+
+def arrays(T, N=4, K=4, B=4):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(key, (B, T, n, 16)) for key, n in zip(keys, (N, K, K, N))]
+
+
+def both(q, k, v, dout):
+    out, vjp = jax.vjp(functools.partial(XLA, is_causal=True), q, k, v)
+    return out, vjp(dout)
+
+
+def collectives(compiled):
+    found = COLLECTIVES.findall(compiled.as_text())
+    return {name: found.count(name) for name in set(found)}
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, None, "y"), P("x", None, "y")], ids=str)
+@pytest.mark.parametrize("K", [4, 8])
+def test_a_users_own_jit_gathers_nothing(spec, K):
+    """The mesh is nowhere but in the arrays, and its axes have any names."""
+    mesh = mesh_of(x=2, y=4)
+    sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays(32, N=8, K=K)]
+    compiled = jax.jit(both).lower(*sharded).compile()
+    assert not collectives(compiled)
+    assert compiled(*sharded)[0].sharding.spec == spec
+
+
+def test_a_ring_permutes_and_gathers_nothing():
+    mesh = mesh_of(data=2, seq=4)
+    spec = P("data", "seq")
+    sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays(64)]
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(both).lower(*sharded).compile()
+        out, _ = compiled(*sharded)
+    assert set(collectives(compiled)) == {"collective-permute"}
+    assert out.sharding.spec == spec
+
+
+def test_remat_keeps_what_its_policy_names():
+    q, k, v, dout = arrays(32)
+    policy = jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME, LOGSUMEXP_NAME)
+
+    def loss(q, k, v):
+        return jnp.sum(XLA(q, k, v, is_causal=True) * dout)
+
+    with jax.set_mesh(mesh_of(seq=4)):
+        want = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+        got = jax.jit(jax.grad(jax.checkpoint(loss, policy=policy), argnums=(0, 1, 2)))(q, k, v)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, want)
