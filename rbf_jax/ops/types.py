@@ -106,7 +106,8 @@ def allowed_pairs(
     Returns:
       bool, broadcastable to (B, K, G, T, S); None when every pair is allowed.
     """
-    rows, columns = query_positions[:, None], key_positions[None, None, None, None, :]
+    rows = query_positions[None, None, None, :, None]
+    columns = key_positions[None, None, None, None, :]
     positions = _offset_rows(masking, query_positions)
     rules = []
     if options.is_causal:
@@ -139,7 +140,8 @@ def alibi_bias(
     """−slope·|i − j| of a tile, (B or 1, K, G, T, S), or None (Press et al., arXiv:2108.12409)."""
     if masking.alibi_slopes is None:
         return None
-    distance = jnp.abs(_offset_rows(masking, query_positions) - key_positions)
+    rows = _offset_rows(masking, query_positions)
+    distance = jnp.abs(rows - key_positions[None, None, None, None, :])
     slopes = group_heads(masking.alibi_slopes, num_kv_heads)
     return -slopes * distance.astype(slopes.dtype)
 
