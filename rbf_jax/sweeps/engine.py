@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import submitit
 
+from rbf_jax.data.files import replacing
 from rbf_jax.sweeps.study import SweepStudy
 from rbf_jax.sweeps.sweep import Sweep, SweepFolder
 from rbf_jax.sweeps.table import Display
@@ -30,6 +32,8 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_STOP = 120.0
 # A worker that dies so often without having taken a trial will not do so the next time either.
 _MAX_FAILED_STARTS = 3
+# Parameters that submitit does not prefix by "slurm_".
+_OF_ALL_EXECUTORS = ("timeout_min", "gpus_per_node", "cpus_per_task", "mem_gb")
 _TEN_YEARS = 10 * 365 * 24 * 60  # Minutes: submitit's local jobs must have an end.
 
 
@@ -49,7 +53,7 @@ def run(folder: SweepFolder) -> SweepStudy:
     Raises:
       WorkersFailed: no worker lives long enough to take a trial.
       KeyboardInterrupt: Ctrl-C; local workers have saved and ended, Slurm's go on.
-      ValueError: the machine's GPUs cannot be shared as asked for.
+      ValueError: the machine cannot run the workers as asked for.
     """
     study = SweepStudy(folder)
     pool = Pool(folder, study.sweep)
@@ -73,7 +77,7 @@ class Pool:
         """Decides on the workers; starts none.
 
         Raises:
-          ValueError: more local workers than GPUs.
+          ValueError: more local workers than GPUs, or no Slurm.
         """
         self._folder, self._sweep = folder, sweep
         gpus = visible_gpus() if sweep.executor == "local" else []
@@ -109,7 +113,8 @@ class Pool:
             if self._sweep.executor == "slurm":
                 job = self._jobs[worker.name].job_id
                 logger.info("%s is job %s; scancel %s ends it.", worker.name, job, job)
-                self._job_file(worker).write_text(job, encoding="utf-8")
+                with replacing(self._job_file(worker)) as file:
+                    file.write(job.encode())
 
     def stop(self) -> None:
         """Has this parent's local workers save and end."""
@@ -164,20 +169,23 @@ def visible_gpus() -> list[str]:
         ).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):  # No driver, no GPU.
         return []
-    return [str(i) for i, line in enumerate(lines) if line.startswith("GPU ")]
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in lines))]
 
 
 def _executor(folder: Path, sweep: Sweep) -> submitit.AutoExecutor:
+    if sweep.executor == "slurm" and shutil.which("srun") is None:
+        raise ValueError("executor is 'slurm', but there is no srun here; 'local' needs none.")
     executor = submitit.AutoExecutor(folder, cluster=sweep.executor)
     if sweep.executor == "local":
         executor.update_parameters(timeout_min=_TEN_YEARS)
         return executor
-    asked = {name: value for name, value in sweep.slurm.items() if value}
-    shared = ("timeout_min", "gpus_per_node", "cpus_per_task", "mem_gb")
-    executor.update_parameters(
-        name="sweep",
-        **{name if name in shared else f"slurm_{name}": v for name, v in asked.items()},
-    )
+    for name, value in sweep.slurm.items():
+        if value:
+            asked = list(value) if name == "setup" else value
+            executor.update_parameters(
+                **{name if name in _OF_ALL_EXECUTORS else f"slurm_{name}": asked}
+            )
+    executor.update_parameters(name="sweep")
     return executor
 
 
