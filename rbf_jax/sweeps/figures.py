@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -23,6 +23,7 @@ _WIDTH = 10.0  # Inches.
 _COLUMNS = 3
 _MOST_SERIES = 6
 _MOST_TICKS = 9
+_MOST_LETTERS = 36
 # The best is darkest; the worst can still be seen.
 _VALUES = LinearSegmentedColormap.from_list("values", ["#08306b", "#4d8fc4", "#c9d6e4"])
 
@@ -34,6 +35,7 @@ class Scale:
     axis: space.Axis
     numeric: bool
     log: bool
+    shift: float = 0.0
 
     @classmethod
     def of(cls, axis: space.Axis) -> Scale:
@@ -47,16 +49,33 @@ class Scale:
 
     def position(self, choice: Any) -> float:
         """Of a choice, for axes of matplotlib that know about the logarithm."""
-        return float(choice) if self.numeric else float(self.axis.choices.index(choice))
+        if not self.numeric:
+            return self.axis.choices.index(choice) + 0.12 * self.shift
+        return choice * 1.04**self.shift if self.log else choice + self.shift * self._span / 80
+
+    def beside(self, shift: float) -> Scale:
+        """The same, a little to the right, so that series do not lie on each other."""
+        return dataclasses.replace(self, shift=shift)
 
     def fraction(self, choice: Any) -> float:
         """Of a choice, from 0 to 1."""
-        ends = [self.axis.range.low, self.axis.range.high] if self.axis.range else self.axis.choices
-        places = [self.position(end) for end in ends]
-        low, high, here = min(places), max(places), self.position(choice)
+        low, high = self._ends
+        here = self.position(choice)
         if self.log:
             low, high, here = math.log(low), math.log(high), math.log(here)
         return (here - low) / (high - low)
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        if self.axis.range is not None:
+            return self.axis.range.low, self.axis.range.high
+        numbers = self.axis.choices if self.numeric else [0, len(self.axis.choices) - 1]
+        return min(numbers), max(numbers)
+
+    @property
+    def _span(self) -> float:
+        low, high = self._ends
+        return high - low
 
     def ticks(self) -> list[Any]:
         """Choices, or numbers of a range, to be labelled."""
@@ -135,7 +154,7 @@ def parameters_figure(
         return None
     columns = min(_COLUMNS, len(axes_of_space))
     rows = math.ceil(len(axes_of_space) / columns)
-    figure = Figure(figsize=(_WIDTH * columns / _COLUMNS + 1.5, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(_WIDTH * columns / _COLUMNS + 1.5, 3.6 * rows), layout="constrained")
     first = None
     for i, axis in enumerate(axes_of_space):
         panel = figure.add_subplot(rows, columns, i + 1, sharey=first)
@@ -155,82 +174,79 @@ def _panel(
     groups: Sequence[Group],
 ) -> None:
     scale = Scale.of(axis)
-    by_other = len(others) == 1 and 0 < len(others[0].rows) <= _MOST_SERIES
-    other = others[0] if by_other else None
-    names = other.choices if other is not None else [None]
-    styles = _styles(sweep, other, groups)
-    for i, name in enumerate(names):
-        mine = [g for g in groups if other is None or g.point.params[other.name] == name]
+    other = others[0] if len(others) == 1 and 0 < len(others[0].rows) <= _MOST_SERIES else None
+    lines = _lines(sweep, other, groups)
+    for i, line in enumerate(lines):
+        mine = [g for g in groups if other is None or g.point.params[other.name] == line.choice]
         mine.sort(key=lambda group: scale.position(group.point.params[axis.name]))
-        # Side by side where lines would lie on each other.
-        shift = 0.0 if scale.numeric else 0.12 * (i - (len(names) - 1) / 2)
-        joined = other is not None or not others
-        _series(axes, scale, mine, styles[i], shift, joined, None if other is None else text(name))
+        joined = scale.numeric and (other is not None or not others)
+        _series(axes, scale.beside(i - (len(lines) - 1) / 2), mine, line, joined)
     if scale.log:
         axes.set_xscale("log")
     if axis.range is None:
         ticks = scale.ticks()
         axes.set_xticks([scale.position(tick) for tick in ticks], [text(tick) for tick in ticks])
         axes.minorticks_off()
-        if sum(len(text(tick)) for tick in ticks) > 36:
+        if sum(len(text(tick)) for tick in ticks) > _MOST_LETTERS:
             axes.tick_params(axis="x", rotation=30)
     if other is not None:
-        axes.legend(title=other.name, loc="best", markerscale=1.0)
+        # Above, where it hides no point.
+        axes.legend(title=other.name, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 
-def _series(
-    axes: Axes,
-    scale: Scale,
-    groups: Sequence[Group],
-    style: LineStyle,
-    shift: float,
-    joined: bool,
-    label: str | None,
-) -> None:
+def _series(axes: Axes, scale: Scale, groups: Sequence[Group], line: _Line, joined: bool) -> None:
     done = [group for group in groups if group.values]
-    places = [scale.position(g.point.params[scale.axis.name]) + shift for g in done]
     axes.errorbar(
-        places,
+        [scale.position(group.point.params[scale.axis.name]) for group in done],
         [group.mean for group in done],
         yerr=[group.deviation for group in done] if any(g.deviation for g in done) else None,
-        color=style.color,
-        linestyle=style.linestyle if joined and scale.numeric else "none",
-        marker=style.marker,
+        color=line.style.color,
+        linestyle=line.style.linestyle if joined else "none",
+        marker=line.style.marker,
         capsize=2.5,
         elinewidth=1.0,
-        label=label,
+        label=line.label,
     )
-    failed = [scale.position(g.point.params[scale.axis.name]) + shift for g in groups if g.failed]
-    if not failed:
-        return
-    axes.plot(
-        failed,
-        [0.98] * len(failed),
-        transform=axes.get_xaxis_transform(),
-        color=style.color,
-        linestyle="none",
-        marker="x",
-        markersize=6,
-        clip_on=False,
-    )
+    if failed := [group for group in groups if group.failed]:
+        axes.plot(
+            [scale.position(group.point.params[scale.axis.name]) for group in failed],
+            [0.98] * len(failed),
+            transform=axes.get_xaxis_transform(),
+            color=line.style.color,
+            linestyle="none",
+            marker="x",
+            markersize=6,
+        )
 
 
-def _styles(sweep: Sweep, other: space.Axis | None, groups: Sequence[Group]) -> list[LineStyle]:
-    """Kinds of attention have the project's own colours; what else makes lines takes them in turn.
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """The points of one choice of another parameter, or all."""
+
+    choice: Any
+    label: str
+    style: LineStyle
+
+
+def _lines(sweep: Sweep, other: space.Axis | None, groups: Sequence[Group]) -> list[_Line]:
+    """Kinds of attention have the project's names and colours; the rest is in shades of grey.
 
     Args:
       sweep: what was trained.
       other: the parameter that makes the lines, or None for one line.
       groups: the points.
     """
-    styles = list(PALETTE.values())
+    greys = [
+        dataclasses.replace(style, color=f"{0.1 + 0.12 * i:.2f}")
+        for i, style in enumerate(PALETTE.values())
+    ]
     if other is None:
-        return styles[:1]
-    variants: list[set[str]] = []
+        return [_Line(None, "", greys[0])]
+    kinds: list[set[str]] = []
     for choice in other.choices:
         mine = [g for g in groups if g.point.params[other.name] == choice]
-        variants.append({variant(sweep.config(g.point.values, 0)) for g in mine})
-    known: Mapping[int, str] = {i: next(iter(v)) for i, v in enumerate(variants) if len(v) == 1}
-    if len(set(known.values())) == len(variants):
-        return [PALETTE[known[i]] for i in range(len(variants))]
-    return [styles[i % len(styles)] for i in range(len(variants))]
+        kinds.append({variant(sweep.config(g.point.values, 0)) for g in mine})
+    names = [next(iter(kind)) for kind in kinds if len(kind) == 1]
+    if len(set(names)) == len(kinds) > 1:
+        return [_Line(c, name, PALETTE[name]) for c, name in zip(other.choices, names)]
+    return [_Line(c, text(c), style) for c, style in zip(other.choices, greys)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +44,7 @@ def write(folder: SweepFolder, defaults: Mapping[str, Any], command: str) -> lis
     for part in sweep.parts:
         sections += _part_sections(sweep, part, found[part.name])
     sections += [*_failures(rows), Section("Written by", _written_by(command))]
-    paths = write_report(out, f"Sweep {folder.path.name}", sections, _numbers(rows, found))
+    paths = write_report(out, f"Sweep {folder.path.name}", sections, _numbers(command, rows, found))
     paths.append(_write(out / "trials.csv", results.to_csv(rows, sweep.objective)))
     if top is not None:
         docstring = _docstring(folder, out, top, sweep)
@@ -65,7 +67,7 @@ def _overview(sweep: Sweep, rows: Sequence[Row], top: Group | None, out: Path) -
         lines.append(
             f"Best: **{top.mean:.4f}**{_spread(top)} with {_settings(top.point.params)}. To train "
             "it again: [best_config.py](best_config.py), "
-            f"`python -m experiments.train --config={out / 'best_config.py'}`."
+            f"`python -m experiments.train --config={_place(out)}`."
         )
         lines.append(_caution(top))
     return Section("Result", "\n\n".join(lines))
@@ -118,8 +120,22 @@ def _failures(rows: Sequence[Row]) -> list[Section]:
     return [Section("Failed trials", markdown_table([["trial", "step", "why"], *failed]))]
 
 
-def _numbers(rows: Sequence[Row], found: Mapping[str, Sequence[Group]]) -> Any:
+def _machines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Devices and versions of the finished trials, each that differs once."""
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        if row.state == "finished":
+            summary = json.loads((row.folder / "summary.json").read_text(encoding="utf-8"))
+            machine = {key: summary[key] for key in ("device", "versions")}
+            found += [machine] if machine not in found else []
+    return found
+
+
+def _numbers(command: str, rows: Sequence[Row], found: Mapping[str, Sequence[Group]]) -> Any:
     return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "machines": _machines(rows),
         "trials": [{**dataclasses.asdict(row), "folder": row.folder.name} for row in rows],
         "points": {
             name: [
@@ -148,7 +164,7 @@ def _point_row(group: Group, names: Sequence[str]) -> list[str]:
 def _docstring(folder: SweepFolder, out: Path, top: Group, sweep: Sweep) -> str:
     return (
         f"The best point of sweep {folder.path.name}: {_settings(top.point.params)}.\n\n"
-        f"Command:  python -m experiments.train --config={out / 'best_config.py'}\n"
+        f"Command:  python -m experiments.train --config={_place(out)}\n"
         f"Expect:   {_label(sweep)} {top.mean:.4f}{_spread(top)}.\n"
     )
 
@@ -186,6 +202,11 @@ def _stem(kind: str, part: space.Part) -> str:
 def _written_by(command: str) -> str:
     date = datetime.date.today().isoformat()
     return f"`{command}`, {date}. The numbers are in [numbers.json](numbers.json)."
+
+
+def _place(out: Path) -> str:
+    """Of best_config.py, from where the program runs."""
+    return os.path.relpath(out / "best_config.py")
 
 
 def _write(path: Path, text: str) -> Path:

@@ -118,7 +118,15 @@ def to_csv(rows: Sequence[Row], objective: str) -> str:
     """Returns one line a trial: what it was, how it ended, and every key that the space sets."""
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
     fixed = ("trial", "state", "part", "seed", "step", "steps", "last_valid_loss")
-    header = [*fixed, "best_valid_loss", f"value ({objective})", "error", "folder", *keys]
+    header = [
+        *fixed,
+        "best_valid_loss",
+        f"value ({objective})",
+        "begun_at",
+        "error",
+        "folder",
+        *keys,
+    ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -127,9 +135,10 @@ def to_csv(rows: Sequence[Row], objective: str) -> str:
         value = "" if row.value != row.value else repr(row.value)
         place = f"trials/{row.folder.name}"
         settings = [row.values.get(key, "") for key in keys]
+        begun_at = " ".join(map(str, row.begun_at))
         writer.writerow(
             [row.number, row.state, row.part, row.seed, row.step, row.steps]
-            + [*losses, value, row.error, place, *settings]
+            + [*losses, value, begun_at, row.error, place, *settings]
         )
     return text.getvalue()
 

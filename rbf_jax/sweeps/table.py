@@ -46,6 +46,7 @@ class Row:
       best_loss: best validation loss.
       value: of the objective, if it has finished.
       error: why it failed.
+      begun_at: steps at which a worker took it up.
       folder: of the run.
     """
 
@@ -61,6 +62,7 @@ class Row:
     best_loss: float
     value: float
     error: str
+    begun_at: list[int]
     folder: Path
 
 
@@ -90,6 +92,7 @@ def _row(study: SweepStudy, trial: FrozenTrial, alive: bool) -> Row:
         best_loss=min(losses.values()) if losses else math.nan,
         value=float(trial.value) if finished and trial.value is not None else math.nan,
         error=trial.user_attrs.get("error", ""),
+        begun_at=trial.user_attrs.get("starts", []),
         folder=folder,
     )
 

@@ -45,6 +45,9 @@ def folder(tmp_path_factory):
                 study.study.tell(claim.trial, state=optuna.trial.TrialState.PRUNED)
         else:
             study.study.tell(claim.trial, value(rate, kind, claim.seed))
+            summary = folder.trial(claim.trial.number) / "summary.json"
+            summary.parent.mkdir(parents=True)
+            summary.write_text(json.dumps({"device": "a CPU", "versions": {"jax": "1"}}))
     return folder
 
 
@@ -88,6 +91,7 @@ def test_the_csv_has_every_trial(written):
     }
     row = next(r for r in rows if (r[LR], r[KIND], r["seed"]) == ("0.01", "rbf", "1"))
     assert float(row["value (best)"]) == 2.01
+    assert row["begun_at"] == "0"
     assert row["folder"] == f"trials/{int(row['trial']):04d}"
 
 
@@ -104,7 +108,9 @@ def test_the_report_says_what_is_best_what_failed_and_how_sure_that_is(written):
     shares = re.findall(r"^\| (learning_rate|kind \+ qk_norm) \| (\d\.\d+) \|$", text, re.M)
     assert len(shares) == 2
     assert sum(float(share) for _, share in shares) == pytest.approx(1, abs=0.02)
-    assert len(json.loads(written["numbers.json"].read_text())["trials"]) == 18
+    numbers = json.loads(written["numbers.json"].read_text())
+    assert len(numbers["trials"]) == 18
+    assert numbers["machines"] == [{"device": "a CPU", "versions": {"jax": "1"}}]
 
 
 def test_the_best_config_runs(written, folder):
@@ -120,8 +126,8 @@ def test_lines_have_the_colours_of_their_attention_and_crosses_where_trials_fail
     figure = figures.parameters_figure(sweep, sweep.parts[0], groups(folder), "loss")
     by_rate, by_kind = figure.axes
     labels = [text.get_text() for text in by_rate.get_legend().get_texts()]
-    assert labels == ["rbf, False", "dot, False", "dot, True"]
-    styles = [figures.PALETTE[name] for name in ("RBF", "dot product", "dot product + QK-norm")]
+    assert labels == ["RBF", "dot product", "dot product + QK-norm"]
+    styles = [figures.PALETTE[name] for name in labels]
     bars = by_rate.containers
     assert [bar.lines[0].get_color() for bar in bars] == [style.color for style in styles]
     assert by_rate.get_xscale() == "log"
@@ -130,6 +136,9 @@ def test_lines_have_the_colours_of_their_attention_and_crosses_where_trials_fail
     assert [(line.get_color(), list(line.get_xdata())) for line in crosses] == [
         (styles[1].color, [0.1])
     ]
+    shades = {bar.lines[0].get_color() for bar in by_kind.containers}
+    assert len(shades) == 3
+    assert not shades & {style.color for style in figures.PALETTE.values()}
     ticks = [label.get_text() for label in by_kind.get_xticklabels()]
     assert ticks == ["rbf, False", "dot, False", "dot, True"]
 
