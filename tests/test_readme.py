@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import bench_attention, bench_training, compare, config_files, evaluate
+from experiments import bench_attention, bench_training, compare, config_files, evaluate, sweep
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,7 +38,11 @@ def test_command_line_is_understood(command, tmp_path, monkeypatch):
         assert config.data.train_files == ("train.txt.xz",)
         assert run.name in ("mine_rbf", "mine_dot")
         return
+    if argv[0] == "experiments.sweep" and "--report" not in argv:
+        assert sweep.parse(argv)[0].num_trials == 84
+        return
     program = {
+        "experiments.sweep": sweep.main,
         "experiments.evaluate": evaluate.main,
         "experiments.compare": compare.main,
         "experiments.bench_attention": bench_attention.main,
