@@ -9,7 +9,11 @@ import pytest
 
 import tests.ops.triton_interpreter  # noqa: F401 (before Triton)
 from rbf_jax import rbf_attention
+from rbf_jax.ops import xla
+from rbf_jax.ops.ring import Ring, ring_attention
+from rbf_jax.ops.triton import attention
 from rbf_jax.ops.triton.tiles import Tiles, override_tiles
+from rbf_jax.ops.types import Inputs, Masking, Options
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 
 TILES = Tiles(16, 16, 1, 1)
@@ -157,3 +161,43 @@ def test_strict_rank_promotion():
         given = arguments(np.random.default_rng(9))
         ones = jnp.ones((B, T, N, H), jnp.float32), jnp.ones((B, T, N), jnp.float32)
         assert jnp.isfinite(everything(given, *ones)[0]).all()
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "segments"])
+def test_ring(name):
+    """Two devices, which an axis of vmap stands for: callbacks that wait for another hang."""
+    options = {
+        "causal": Options(is_causal=True, origin_sink=True, return_residual=True),
+        "window": Options(window=(13, 4), return_residual=True),
+        "segments": Options(is_causal=True, return_residual=True),
+    }[name]
+    length, size = 40, 2
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = [(B, length, 4, H), *[(B, length, 2, H)] * 2, (B, length, 4, H), (B, length, 4)]
+    q, k, v, dout, dlogsumexp = (jax.random.normal(key, x) for key, x in zip(keys, shapes))
+    numbers = jnp.linspace(0.1, 0.4, 4), jnp.linspace(0.5, 1, 4)
+    ids = jnp.sort(jax.random.randint(keys[0], (B, length), 0, 3)) if name == "segments" else None
+
+    def everything(attend, arrays, ids):
+        q, k, v, dout, dlogsumexp = arrays
+
+        def call(q, k, v, *numbers):
+            masking = Masking(query_segments=ids, key_segments=ids)
+            return attend(Inputs(q, k, v, *numbers), masking, options)
+
+        results, vjp = jax.vjp(call, q, k, v, *numbers)
+        return results, vjp((dout, dlogsumexp))
+
+    def split(x):
+        return x.reshape(B, size, -1, *x.shape[2:]).swapaxes(0, 1)
+
+    ring = Ring.plan("seq", size, length, length, options)
+    attend = ring_attention(ring, attention.PASSES)
+    parts = jax.tree.map(split, ((q, k, v, dout, dlogsumexp), ids))
+    mapped = jax.vmap(functools.partial(everything, attend), axis_name="seq")
+    (out, logsumexp), (*gradients, dgamma, dweight) = jax.jit(mapped)(*parts)
+    joined = [x.swapaxes(0, 1).reshape(B, length, *x.shape[3:]) for x in (out, logsumexp)]
+    joined += [x.swapaxes(0, 1).reshape(B, length, *x.shape[3:]) for x in gradients]
+    want = jax.tree.leaves(everything(xla.attend, (q, k, v, dout, dlogsumexp), ids))
+    for got, expected in zip([*joined, dgamma.sum(0), dweight.sum(0)], want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
