@@ -1,14 +1,15 @@
 """Trains many runs over a space of configurations, or goes on with a sweep that was stopped.
 
     python -m experiments.sweep --config=configs/sweeps/NAME.py [--sweep=DIR]
-                                [--config.KEY=VALUE] [--base.KEY=VALUE]
+                                [--config.KEY=VALUE] [--base.KEY=VALUE] [--retry]
     python -m experiments.sweep --report --sweep=DIR
 
 The sweep's folder is runs/sweeps/NAME unless --sweep names another. --config.KEY changes the sweep
 file, whose keys are in configs/sweeps/base.py; --base.KEY the configuration that all trials start
 from. The same command again goes on with a sweep that was stopped or killed: trials that have ended
 stay, the others go on from their checkpoints. Local workers go on when this program is killed, and
-end when it is interrupted (Ctrl-C, SIGTERM).
+end when it is interrupted (Ctrl-C, SIGTERM). --retry trains those that have failed again, each from
+its start in a new folder.
 
 --report writes DIR/report: report.md, figures, trials.csv, best_config.py. It works at any time.
 
@@ -44,22 +45,21 @@ def main(argv: Sequence[str]) -> int:
     try:
         if "--report" in argv:
             return _report(_report_folder(argv))
-        sweep, folder = parse(argv)
-        return _run(sweep, folder)
+        return _run(*parse(argv))
     except (ValueError, OSError) as error:
         return _fail(" ".join(str(error).split()), 2)
     except ImportError as error:
         return _fail(f"{error}: pip install 'rbf-jax[sweep,train]'", 2)
 
 
-def parse(argv: Sequence[str]) -> tuple[Sweep, Path]:
+def parse(argv: Sequence[str]) -> tuple[Sweep, Path, bool]:
     """Reads and checks the command line, the sweep file and every configuration of the space.
 
     Args:
       argv: the command line, the program's name first.
 
     Returns:
-      The sweep, and its folder.
+      The sweep, its folder, and whether to train again what has failed.
 
     Raises:
       ValueError: in one line, what is wrong.
@@ -74,9 +74,11 @@ def parse(argv: Sequence[str]) -> tuple[Sweep, Path]:
     values = flags.FlagValues()
     default = str(Path("runs/sweeps") / Path(spec.partition(":")[0]).stem)
     flags.DEFINE_string("sweep", default, "the sweep's folder", flag_values=values)
+    flags.DEFINE_bool("retry", False, "train failed trials again", flag_values=values)
     start, argv = config_files.override(config_files.read_config(config.base), "base", argv, values)
     config_files.require_no_more(argv)
-    return _make_sweep(config.to_dict(), start.to_dict(), space, spec), Path(values.sweep)
+    sweep = _make_sweep(config.to_dict(), start.to_dict(), space, spec)
+    return sweep, Path(values.sweep), values.retry
 
 
 def _read_sweep_file(spec: str) -> tuple[Any, Any]:
@@ -131,14 +133,14 @@ def _report_folder(argv: Sequence[str]) -> Path:
     return Path(values.sweep or Path("runs/sweeps") / Path(values.config).stem)
 
 
-def _run(sweep: Sweep, path: Path) -> int:
+def _run(sweep: Sweep, path: Path, retry: bool) -> int:
     from rbf_jax.sweeps import engine, table
     from rbf_jax.sweeps.sweep import SweepFolder
 
     folder = SweepFolder(path)
     folder.settle(sweep)
     try:
-        study = engine.run(folder)
+        study = engine.run(folder, retry=retry)
     except engine.WorkersFailed as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:

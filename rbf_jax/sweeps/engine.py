@@ -41,11 +41,12 @@ class WorkersFailed(Exception):
     """Workers die before they take a trial; the message says where to look."""
 
 
-def run(folder: SweepFolder) -> SweepStudy:
+def run(folder: SweepFolder, *, retry: bool = False) -> SweepStudy:
     """Trains what is left of a sweep.
 
     Args:
       folder: settled, see `SweepFolder.settle`.
+      retry: train the trials that have failed again, each from its start in a new folder.
 
     Returns:
       The study, all of whose trials have ended.
@@ -57,6 +58,8 @@ def run(folder: SweepFolder) -> SweepStudy:
     """
     study = SweepStudy(folder)
     pool = Pool(folder, study.sweep)
+    if retry:
+        study.retry_failed()
     with Display(study) as display, _interruptible():
         try:
             while study.unfinished():

@@ -111,11 +111,26 @@ class SweepStudy:
                 sampler=optuna.samplers.RandomSampler(seed=0),
             )
             if self.sweep.is_grid:
-                self._enqueue_grid()
+                self._enqueue_missing([(p.part, p.params) for p in self.sweep.points()])
 
     def trials(self) -> list[FrozenTrial]:
-        """All trials, as they are now."""
-        return self.study.get_trials(deepcopy=False)
+        """The trials as they are now, less the failed ones in whose place others are."""
+        found = self.study.get_trials(deepcopy=False)
+        newest = {_key(t.user_attrs): t.number for t in found if "params" in t.user_attrs}
+        return [
+            t
+            for t in found
+            if t.state != TrialState.FAIL or newest.get(_key(t.user_attrs)) == t.number
+        ]
+
+    def retry_failed(self) -> None:
+        """Puts a new trial in the place of each that has failed."""
+        with self.folder.locked("study"):
+            for trial in self.trials():
+                if trial.state == TrialState.FAIL:
+                    names = ("part", "params", "seed")
+                    attrs = {name: trial.user_attrs[name] for name in names}
+                    self.study.enqueue_trial(attrs["params"], user_attrs=attrs)
 
     def claim(self) -> Claim | None:
         """Takes a trial that nobody trains: one that lost its worker, else one not yet begun.
@@ -129,13 +144,15 @@ class SweepStudy:
             trials = self.trials()
             for trial in trials:
                 if trial.state == TrialState.RUNNING and (lock := self._lock(trial.number)):
-                    return self._taken(Trial(self.study, trial._trial_id), lock)
+                    if self._is_running(trial.number):
+                        return self._taken(Trial(self.study, trial._trial_id), lock)
+                    lock.close()  # Its worker has finished it just now.
             waiting = any(trial.state == TrialState.WAITING for trial in trials)
             drawn = sum(trial.user_attrs.get("seed", 0) == 0 for trial in trials)
             if not waiting and (self.sweep.is_grid or drawn >= self.sweep.trials):
                 return None
             # A seed of its own for each draw: workers come and go.
-            self.study.sampler = _sampler(self.sweep, len(trials))
+            self.study.sampler = _sampler(self.sweep, len(self.study.get_trials(deepcopy=False)))
             new = self.study.ask()
             if (lock := self._lock(new.number)) is None:
                 raise RuntimeError(f"the lock of trial {new.number}, which is new, is taken.")
@@ -157,6 +174,9 @@ class SweepStudy:
             running = [t.number for t in self.trials() if t.state == TrialState.RUNNING]
             return {number for number in running if self.folder.is_locked(_name(number))}
 
+    def _is_running(self, number: int) -> bool:
+        return self.study.get_trials(deepcopy=False)[number].state == TrialState.RUNNING
+
     def _part(self, attrs: dict[str, Any]) -> space.Part:
         name = attrs.get("part", self.sweep.parts[0].name)
         return next(part for part in self.sweep.parts if part.name == name)
@@ -173,28 +193,24 @@ class SweepStudy:
             for axis in part.varying
         }
         if "params" not in attrs:
+            trial.set_user_attr("part", part.name)
+            trial.set_user_attr("seed", 0)
             trial.set_user_attr("params", params)
-        if not self.sweep.is_grid and attrs.get("seed", 0) == 0:
-            self._enqueue_other_seeds(trial.number, part.name, params)
+        if not self.sweep.is_grid:
+            self._enqueue_missing([(part.name, params)])
         starts = attrs.get("starts", [])
         step = newest_checkpoint(self.folder.trial(trial.number))
         trial.set_user_attr("starts", [*starts, step])
         return Claim(trial, part.point(params), attrs.get("seed", 0), lock, starts.count(step))
 
-    def _enqueue_grid(self) -> None:
-        """Enqueues what is missing, all of it at first; a killed program may have left a part."""
-        there = {(_key(t.user_attrs), t.user_attrs["seed"]) for t in self.trials()}
+    def _enqueue_missing(self, points: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        """Enqueues each part and params with all seeds; a killed program may have left some."""
+        there = {_key(trial.user_attrs) for trial in self.trials()}
         for seed in range(self.sweep.seeds):
-            for point in self.sweep.points():
-                attrs = {"part": point.part, "params": point.params, "seed": seed}
-                if (_key(attrs), seed) not in there:
-                    self.study.enqueue_trial(point.params, user_attrs=attrs)
-
-    def _enqueue_other_seeds(self, number: int, part: str, params: dict[str, Any]) -> None:
-        there = {t.user_attrs["seed"] for t in self.trials() if t.user_attrs.get("of") == number}
-        for seed in set(range(1, self.sweep.seeds)) - there:
-            attrs = {"part": part, "params": params, "seed": seed, "of": number}
-            self.study.enqueue_trial(params, user_attrs=attrs)
+            for part, params in points:
+                attrs = {"part": part, "params": params, "seed": seed}
+                if _key(attrs) not in there:
+                    self.study.enqueue_trial(params, user_attrs=attrs)
 
 
 def distribution(axis: space.Axis, choices: Sequence[Any] | None) -> BaseDistribution:
@@ -226,7 +242,8 @@ def _name(number: int) -> str:
 
 
 def _key(attrs: dict[str, Any]) -> str:
-    return json.dumps([attrs["part"], attrs["params"]], sort_keys=True)
+    """The same for trials of one point and seed."""
+    return json.dumps([attrs.get(name) for name in ("part", "params", "seed")], sort_keys=True)
 
 
 def _sampler(sweep: Sweep, trials: int) -> optuna.samplers.BaseSampler:

@@ -42,8 +42,12 @@ def write_sweep(folder, text):
 
 
 def test_the_sweep_file_and_the_command_line():
-    sweep, folder = parse(SMOKE, "--config.workers=3", "--base.train.steps=7", "--config.seeds=2")
+    sweep, folder, retry = parse(
+        SMOKE, "--config.workers=3", "--base.train.steps=7", "--config.seeds=2"
+    )
     assert folder == Path("runs/sweeps/smoke")
+    assert not retry
+    assert parse(SMOKE, "--retry")[2]
     assert (sweep.workers, sweep.base["train"]["steps"], sweep.num_trials) == (3, 7, 8)
     assert parse(SMOKE, "--sweep=x/y")[1] == Path("x/y")
 
@@ -53,7 +57,7 @@ def test_the_sweep_file_and_the_command_line():
     [("smoke", 4), ("learning_rate", 84), ("ablation", 4 * (10 + 9 + 4 + 5 + 3))],
 )
 def test_sweeps_are_ready_to_run(name, trials):
-    sweep, _ = parse(f"--config=configs/sweeps/{name}.py")
+    sweep, *_ = parse(f"--config=configs/sweeps/{name}.py")
     assert sweep.num_trials == trials
 
 

@@ -132,6 +132,9 @@ def test_lines_have_the_colours_of_their_attention_and_crosses_where_trials_fail
     assert [bar.lines[0].get_color() for bar in bars] == [style.color for style in styles]
     assert by_rate.get_xscale() == "log"
     assert list(bars[0].lines[0].get_ydata()) == pytest.approx([3.005, 2.005, 2.505])
+    (segments,) = bars[0].lines[2]
+    ends = [segment[:, 1] for segment in segments.get_segments()]
+    assert ends[0] == pytest.approx([3.005 - 0.01 / 2**0.5, 3.005 + 0.01 / 2**0.5])
     crosses = [line for line in by_rate.lines if line.get_marker() == "x"]
     assert [(line.get_color(), list(line.get_xdata())) for line in crosses] == [
         (styles[1].color, [0.1])

@@ -92,6 +92,20 @@ def test_a_trial_whose_worker_is_gone_is_taken_up_before_new_ones(make):
     assert study.claim().trial.number == 2
 
 
+def test_a_trial_that_ends_while_another_worker_looks_for_one_is_not_taken(make, monkeypatch):
+    study, other = make(), make()
+    first, lock = other.claim(), study.folder.try_lock
+
+    def finished_meanwhile(name):
+        if name == "trial_0000" and not first.lock.closed:
+            finish(other, first)
+        return lock(name)
+
+    monkeypatch.setattr(study.folder, "try_lock", finished_meanwhile)
+    assert study.claim().trial.number == 1
+    assert study.trials()[0].state == TrialState.COMPLETE
+
+
 def test_deaths_count_until_there_is_a_new_checkpoint(make):
     study = make()
     deaths = []
@@ -134,6 +148,40 @@ def test_drawn_points_have_all_seeds(make, sampler):
         assert 0.01 <= claim.point.values[LR] <= 1.0
         finish(study, claim, abs(math.log(claim.point.values[LR])))
     assert list(found.values()) == [[0, 1]] * 14
+    assert study.unfinished() == 0
+
+
+def test_seeds_of_a_drawn_point_are_enqueued_once(make):
+    study = make(RANGE, sampler="random", trials=1, seeds=3)
+    for _ in range(2):
+        claim = study.claim()
+        assert (claim.trial.number, claim.seed) == (0, 0)
+        claim.lock.close()
+    assert [trial.user_attrs["seed"] for trial in study.trials()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("settings", [{}, {"given": RANGE, "sampler": "random", "trials": 3}])
+def test_failed_trials_have_others_in_their_place_if_asked_for(make, settings):
+    study, failed = make(seeds=2, **settings), []
+    while (claim := study.claim()) is not None:
+        if claim.trial.number in (0, 3):
+            failed.append((claim.point, claim.seed))
+            study.study.tell(claim.trial, state=TrialState.FAIL)
+        else:
+            finish(study, claim)
+    before = len(study.trials())
+    assert study.unfinished() == 0
+
+    study.retry_failed()
+    assert study.unfinished() == 2
+    assert len(study.trials()) == before
+    again = [study.claim(), study.claim()]
+    assert [(claim.point, claim.seed) for claim in again] == failed
+    assert [claim.trial.number for claim in again] == [before, before + 1]
+    assert study.claim() is None
+    for claim in again:
+        finish(study, claim)
+    study.retry_failed()
     assert study.unfinished() == 0
 
 

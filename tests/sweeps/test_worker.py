@@ -149,7 +149,7 @@ def raise_killed(*arguments):
 
 def test_the_worse_are_pruned_but_not_too_early_nor_at_the_end(make, work):
     folder = make(pruner="median", prune_after_trials=1, prune_after_evaluations=1)
-    told = {0.1: [1.0, 1.0, 1.0], 0.2: [9.0, 9.0, 1.0], 0.3: [9.0, 1.0, 9.0]}
+    told = {0.1: [5.0, 5.0, 1.0], 0.2: [9.0, 9.0, 1.0], 0.3: [9.0, 4.0, 4.0]}
     trials = work(folder, lambda rate: list(zip((1, 2, 4), told[rate])))
     assert [trial.state for trial in trials] == [
         TrialState.COMPLETE,
