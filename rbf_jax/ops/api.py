@@ -116,11 +116,12 @@ def rbf_attention(
     Computed as softmax_j(2γ q_i·k_j − λγ‖k_j‖²) v_j: softmax ignores −γ‖q_i‖², the same for all j.
     λ = 1 is RBF attention; λ = 0 is dot-product attention with scale 2γ.
     Names, layout and masking conventions are those of :func:`jax.nn.dot_product_attention`.
-    Works under jit, grad, vmap, remat and shard_map, with batch or heads sharded (by a mesh of
-    explicit axes: the batch). Forward-mode derivatives (jvp) and reverse
-    mode twice (grad of grad) need ``implementation="reference"``: the others define a custom_vjp
-    and raise there; forward over reverse (jvp of grad, a Hessian-vector product) works with "xla"
-    too. jax.export takes "xla" (with constant lengths) and "reference"; the custom call of "cudnn"
+    Works under jit, grad, vmap, remat and shard_map. Arrays sharded by batch or heads are not
+    gathered (by a mesh of explicit axes: the batch). Inside ``jax.set_mesh``, mesh axes named
+    "data", "fsdp", "tensor" and "seq" split batch, heads and sequence (docs/scaling.md).
+    Forward-mode derivatives (jvp) and reverse mode twice (grad of grad) need
+    ``implementation="reference"``: the others define a custom_vjp and raise there; forward over
+    reverse (jvp of grad, a Hessian-vector product) works with "xla" too. jax.export takes "xla" (with constant lengths) and "reference"; the custom call of "cudnn"
     is none that JAX promises to keep, so on a GPU name "xla" for what is to be exported.
 
     Args:
