@@ -121,8 +121,10 @@ def rbf_attention(
     "data", "fsdp", "tensor" and "seq" split batch, heads and sequence (docs/scaling.md).
     Forward-mode derivatives (jvp) and reverse mode twice (grad of grad) need
     ``implementation="reference"``: the others define a custom_vjp and raise there; forward over
-    reverse (jvp of grad, a Hessian-vector product) works with "xla" too. jax.export takes "xla" (with constant lengths) and "reference"; the custom call of "cudnn"
-    is none that JAX promises to keep, so on a GPU name "xla" for what is to be exported.
+    reverse (jvp of grad, a Hessian-vector product) works with "xla" too. jax.export takes "xla"
+    (with constant lengths) and "reference"; the custom calls of "cudnn" and "triton" are none that
+    JAX promises to keep, so name "xla" for what is to be exported, or allow the call by name
+    (``jax.export.DisabledSafetyCheck``).
 
     Args:
       query: (B, T, N, H) or (T, N, H); float32, bfloat16, float16 or float64.
@@ -141,8 +143,8 @@ def rbf_attention(
         is 0.
       origin_sink: adds a virtual key at the origin with value 0, that is exp(0) to the
         denominator of every row.
-      implementation: None takes the best that supports the call; "reference", "xla" or "cudnn"
-        is that one or an error, never another.
+      implementation: None takes the best that supports the call; "reference", "xla", "cudnn"
+        or "triton" is that one or an error, never another.
       return_residual: also return the logsumexp.
 
     Returns:

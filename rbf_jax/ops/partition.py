@@ -91,7 +91,9 @@ def _split_roles(array: jax.Array, letters: str) -> str:
     return "".join("." if size == 1 else x for size, x in zip(array.shape, letters))
 
 
-def _rule(argument_roles: Sequence[str], result_roles: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+def _rule(
+    argument_roles: Sequence[str], result_roles: Sequence[str]
+) -> tuple[str, tuple[str, ...]]:
     """The roles in Shardy's notation, and the names of the axes that must stay whole."""
     whole: list[str] = []
 
