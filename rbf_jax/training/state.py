@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -46,16 +47,29 @@ def create_state(
       mesh: of `make_mesh`.
     """
 
-    def create(seed: jax.Array) -> TrainState:
-        # Shapes do not depend on the tokens.
-        params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, optimizer.init(params), zero)
-
+    create = functools.partial(_create, model, optimizer)
+    shardings = state_shardings(mesh, state_shapes(model, optimizer))
     # A NumPy number, which is the same in all processes.
-    argument = np.uint32(seed)
-    shardings = state_shardings(mesh, jax.eval_shape(create, argument))
-    return jax.jit(create, out_shardings=shardings)(argument)
+    return jax.jit(create, out_shardings=shardings)(np.uint32(seed))
+
+
+def state_shapes(model: CausalLM, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state's shapes and dtypes; nothing is computed.
+
+    Args:
+      model: the language model.
+      optimizer: of `make_optimizer`.
+    """
+    return jax.eval_shape(functools.partial(_create, model, optimizer), np.uint32(0))
+
+
+def _create(
+    model: CausalLM, optimizer: optax.GradientTransformation, seed: np.uint32
+) -> TrainState:
+    # Shapes do not depend on the tokens.
+    params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), zero)
 
 
 class Fingerprint(NamedTuple):
