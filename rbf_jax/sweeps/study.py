@@ -198,10 +198,12 @@ class SweepStudy:
             trial.set_user_attr("params", params)
         if not self.sweep.is_grid:
             self._enqueue_missing([(part.name, params)])
-        starts = attrs.get("starts", [])
+        # Steps where workers took the trial up, and those of them that were stopped, not killed.
+        starts, stops = attrs.get("starts", []), attrs.get("stops", [])
         step = newest_checkpoint(self.folder.trial(trial.number))
         trial.set_user_attr("starts", [*starts, step])
-        return Claim(trial, part.point(params), attrs.get("seed", 0), lock, starts.count(step))
+        deaths = starts.count(step) - stops.count(step)
+        return Claim(trial, part.point(params), attrs.get("seed", 0), lock, deaths)
 
     def _enqueue_missing(self, points: Sequence[tuple[str, dict[str, Any]]]) -> None:
         """Enqueues each part and params with all seeds; a killed program may have left some."""

@@ -103,7 +103,8 @@ def run_trial(study: SweepStudy, claim: Claim, worker: str) -> bool:
             study.study.tell(trial, state=TrialState.PRUNED)
         except TrainingStopped as error:
             logger.info("%s", error)
-            trial.set_user_attr("starts", trial.user_attrs["starts"][:-1])
+            attrs = trial.user_attrs
+            trial.set_user_attr("stops", [*attrs.get("stops", ()), attrs["starts"][-1]])
             return False
         except (SetupError, TrainingDiverged) as error:
             return _failed(study, trial, str(error))
