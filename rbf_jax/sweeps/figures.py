@@ -65,6 +65,10 @@ class Scale:
             low, high, here = math.log(low), math.log(high), math.log(here)
         return (here - low) / (high - low)
 
+    def text(self, tick: Any) -> str:
+        """Of a choice, or of a number of a range, which need not be exact."""
+        return f"{tick:.2g}" if self.axis.range is not None and self.log else text(tick)
+
     @property
     def _ends(self) -> tuple[float, float]:
         if self.axis.range is not None:
@@ -114,7 +118,7 @@ def parallel_figure(part: space.Part, groups: Sequence[Group], label: str) -> Fi
             [*heights, float(norm(top.mean))], color="black", linewidth=2.6, marker="o", zorder=5
         )
     for x, scale in enumerate(scales):
-        _labels(axes, x, [(scale.fraction(tick), text(tick)) for tick in scale.ticks()])
+        _labels(axes, x, [(scale.fraction(tick), scale.text(tick)) for tick in scale.ticks()])
     shown = np.linspace(norm.vmin or 0.0, norm.vmax or 1.0, 5)
     _labels(axes, len(scales), [(float(norm(value)), f"{value:.4f}") for value in shown])
     axes.set_xticks(range(len(scales) + 1), [*(s.axis.name for s in scales), label])
@@ -179,16 +183,16 @@ def _panel(
     for i, line in enumerate(lines):
         mine = [g for g in groups if other is None or g.point.params[other.name] == line.choice]
         mine.sort(key=lambda group: scale.position(group.point.params[axis.name]))
-        joined = scale.numeric and (other is not None or not others)
+        joined = scale.numeric and axis.range is None and (other is not None or not others)
         _series(axes, scale.beside(i - (len(lines) - 1) / 2), mine, line, joined)
     if scale.log:
         axes.set_xscale("log")
-    if axis.range is None:
-        ticks = scale.ticks()
-        axes.set_xticks([scale.position(tick) for tick in ticks], [text(tick) for tick in ticks])
-        axes.minorticks_off()
-        if sum(len(text(tick)) for tick in ticks) > _MOST_LETTERS:
-            axes.tick_params(axis="x", rotation=30)
+    ticks = scale.ticks()
+    axes.set_xticks([scale.position(tick) for tick in ticks], [scale.text(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(x=0.08)
+    if sum(len(scale.text(tick)) for tick in ticks) > _MOST_LETTERS:
+        axes.tick_params(axis="x", rotation=30)
     if other is not None:
         # Above, where it hides no point.
         axes.legend(title=other.name, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
