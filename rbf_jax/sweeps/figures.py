@@ -65,6 +65,14 @@ class Scale:
             low, high, here = math.log(low), math.log(high), math.log(here)
         return (here - low) / (high - low)
 
+    def limits(self) -> tuple[float, float]:
+        """The ends, and a little room."""
+        low, high = self._ends
+        if self.log:
+            room = (high / low) ** 0.05
+            return low / room, high * room
+        return low - 0.05 * self._span, high + 0.05 * self._span
+
     def text(self, tick: Any) -> str:
         """Of a choice, or of a number of a range, which need not be exact."""
         return f"{tick:.2g}" if self.axis.range is not None and self.log else text(tick)
@@ -191,6 +199,8 @@ def _panel(
     axes.set_xticks([scale.position(tick) for tick in ticks], [scale.text(tick) for tick in ticks])
     axes.minorticks_off()
     axes.margins(x=0.08)
+    if axis.range is not None:
+        axes.set_xlim(*scale.limits())
     if sum(len(scale.text(tick)) for tick in ticks) > _MOST_LETTERS:
         axes.tick_params(axis="x", rotation=30)
     if other is not None:
@@ -240,9 +250,11 @@ def _lines(sweep: Sweep, other: space.Axis | None, groups: Sequence[Group]) -> l
       other: the parameter that makes the lines, or None for one line.
       groups: the points.
     """
+    choices = [None] if other is None else other.choices
+    shades = np.linspace(0.1, 0.6, len(choices))
     greys = [
-        dataclasses.replace(style, color=f"{0.1 + 0.12 * i:.2f}")
-        for i, style in enumerate(PALETTE.values())
+        dataclasses.replace(style, color=f"{shade:.2f}")
+        for style, shade in zip(PALETTE.values(), shades)
     ]
     if other is None:
         return [_Line(None, "", greys[0])]
