@@ -16,7 +16,7 @@ from rbf_jax.nn import CausalLM
 from rbf_jax.training.config import model_config, validate
 from rbf_jax.training.optimizer import make_optimizer
 from rbf_jax.training.sharding import AXES, data_share, make_mesh, on_mesh, place_batch, replicated
-from rbf_jax.training.state import create_state, digest
+from rbf_jax.training.state import create_state
 from rbf_jax.training.step import compile_train_step, make_eval_step, make_inspect_step
 
 B, T, V, STEPS = 8, 16, 32, 3
@@ -79,7 +79,7 @@ def run(config, evaluated):
     model = CausalLM(model_config(config, V))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = create_state(model, optimizer, config.seed, mesh)
-    initial = int(jax.jit(digest)(state))
+    initial = values_of(state.params)  # Before they are donated.
     step = compile_train_step(config, model, optimizer, state, mesh)
     metrics = []
     for batch in make_batches():
@@ -96,12 +96,17 @@ def run(config, evaluated):
     return evaluation | {
         "initial": initial,
         "metrics": metrics,
-        "params": [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(state.params)],
+        "params": values_of(state.params),
         "tokens_of_a_device": placed["inputs"].addressable_shards[0].data.size,
         "part_of_a_moment": kernel.addressable_shards[0].data.size / kernel.size,
         "share": data_share(mesh),
         "gathered": [[int(n) for n in shape.split(",")] for shape in gathered],
     }
+
+
+def values_of(params):
+    """Returns all parameters as lists."""
+    return [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(params)]
 
 
 def evaluate(mesh, model, params, batch):
