@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -157,7 +158,7 @@ class Program:
         return [run for run in open_ones if newest_checkpoint(run) >= least_step]
 
     def wait_until(self, condition):
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not condition():
             assert time.monotonic() < end
             assert self.process.poll() is None, self.process.communicate()[0]
@@ -167,6 +168,10 @@ class Program:
         """The process that took a run last."""
         return int(re.findall(r"taken by \w+, process (\d+)", (run / "log.txt").read_text())[-1])
 
+    def kill_worker(self, run):
+        with contextlib.suppress(ProcessLookupError):  # Which was killed before.
+            os.kill(self.worker(run), signal.SIGKILL)
+
     def told(self):
         """Numbers of the trials that were told to be complete, one a time."""
         lines = (self.sweep / "study.journal").read_text().splitlines()
@@ -175,23 +180,30 @@ class Program:
         )
 
 
-def test_a_sweep_killed_again_and_again_trains_each_trial_once(tmp_path):
-    sweep = Program(tmp_path)
-    sweep.start()
-    sweep.wait_until(lambda: len(sweep.in_training(5)) == 2)
+@pytest.fixture
+def sweep(tmp_path):
+    program = Program(tmp_path)
+    program.start()
+    yield program
+    program.process.kill()
+    program.process.communicate()
+
+
+def test_a_sweep_killed_again_and_again_trains_each_trial_once(sweep):
+    sweep.wait_until(lambda: sweep.in_training(5))
     interrupted = {sweep.in_training(5)[0]}
-    os.kill(sweep.worker(*interrupted), signal.SIGKILL)
+    sweep.kill_worker(*interrupted)
     sweep.wait_until(lambda: sweep.told() and sweep.in_training(10))
 
     sweep.process.kill()
     sweep.process.communicate()
-    for run in sweep.in_training(0):  # Its worker would go on without the parent.
-        os.kill(sweep.worker(run), signal.SIGKILL)
+    for run in sweep.in_training(1):  # Its worker would go on without the parent.
+        sweep.kill_worker(run)
     interrupted |= set(sweep.in_training(5))
     finished = {run: (run / "summary.json").stat().st_mtime_ns for run in done(sweep)}
 
     sweep.start()
-    output = sweep.process.communicate(timeout=90)[0]
+    output = sweep.process.communicate(timeout=150)[0]
     assert sweep.process.returncode == 0, output
     assert "4 trials: 4 finished; best " in output
     assert sweep.told() == [0, 1, 2, 3]
@@ -217,9 +229,7 @@ def assert_trained_once(run, *, interrupted):
     assert (log.count("Going on from the checkpoint of step") > 0) == interrupted
 
 
-def test_an_interrupted_sweep_leaves_no_worker(tmp_path):
-    sweep = Program(tmp_path)
-    sweep.start()
+def test_an_interrupted_sweep_leaves_no_worker(sweep):
     sweep.wait_until(lambda: sweep.in_training(5))
     (run, *_) = sweep.in_training(5)
     sweep.process.send_signal(signal.SIGINT)
