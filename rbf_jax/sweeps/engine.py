@@ -120,17 +120,25 @@ class Pool:
                     file.write(job.encode())
 
     def stop(self) -> None:
-        """Has this parent's local workers save and end."""
+        """Has local workers save and end, those of a parent that was killed, too."""
         if self._sweep.executor == "slurm":
             logger.info("The jobs go on; the same command shows them again.")
             return
-        processes = [job._process for job in self._jobs.values()]
-        for process in processes:
-            process.terminate()  # Which submitit hands on to the worker.
+        for job in self._jobs.values():
+            if not job.done():
+                os.kill(int(job.job_id), signal.SIGTERM)  # Which submitit hands on to the worker.
+        for worker in self._workers:
+            if worker.name not in self._jobs and (process := self._folder.holder(worker.name)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGTERM)
         end = time.monotonic() + _SECONDS_TO_STOP
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, end - time.monotonic()))
+        while time.monotonic() < end and not self._have_ended():
+            time.sleep(0.1)
+
+    def _have_ended(self) -> bool:
+        return all(job.done() for job in self._jobs.values()) and not any(
+            self._folder.is_locked(worker.name) for worker in self._workers
+        )
 
     def _is_there(self, worker: Worker, begun: int) -> bool:
         """Whether a worker runs, or waits in Slurm's queue, whoever started it."""

@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -199,6 +201,22 @@ class SweepFolder:
             return True
         file.close()
         return False
+
+    def holder(self, name: str) -> int | None:
+        """The process of this machine that holds a lock, if it has said so by `sign`."""
+        if not self.is_locked(name):
+            return None
+        with self._lock_file(name) as file:
+            file.seek(0)
+            machine, _, process = file.read().rpartition(" ")
+        return int(process) if machine == socket.gethostname() else None
+
+    @staticmethod
+    def sign(lock: IO[str]) -> None:
+        """Writes into a lock which process of which machine holds it."""
+        lock.truncate(0)
+        lock.write(f"{socket.gethostname()} {os.getpid()}")
+        lock.flush()
 
     def _lock_file(self, name: str) -> IO[str]:
         path = self.path / "locks" / name

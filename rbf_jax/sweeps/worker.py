@@ -55,9 +55,7 @@ class Worker:
         with lock:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, _exit)
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+            folder.sign(lock)
             study = SweepStudy(folder)
             while (claim := study.claim()) is not None:
                 with claim.lock:

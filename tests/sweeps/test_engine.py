@@ -1,6 +1,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -153,6 +154,36 @@ def test_slurm_is_asked_for_what_the_sweep_file_says(make, monkeypatch, tmp_path
     assert "account" not in text
 
 
+HOLDER = """
+import signal, sys, time
+from rbf_jax.sweeps.sweep import SweepFolder
+folder = SweepFolder(sys.argv[1])
+lock = folder.try_lock("worker_0")
+folder.sign(lock)
+time.sleep(60)
+"""
+
+
+def test_workers_of_a_parent_that_was_killed_are_stopped_too(make):
+    pool, _, _ = make(workers=2)
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, pool._folder.path])
+    while pool._folder.holder("worker_0") is None:
+        time.sleep(0.05)
+        assert process.poll() is None
+    pool.stop()
+    assert process.wait(10) == -signal.SIGTERM
+    assert pool._folder.holder("worker_0") is None
+
+
+def test_a_process_of_another_machine_is_not_touched(make, monkeypatch):
+    pool, _, _ = make(workers=1)
+    with pool._folder.try_lock("worker_0") as lock:
+        pool._folder.sign(lock)
+        assert pool._folder.holder("worker_0") == os.getpid()
+        monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+        assert pool._folder.holder("worker_0") is None
+
+
 def test_what_starts_ignores_the_terminals_interrupt():
     with engine._without_interrupts():
         process = subprocess.Popen(["sleep", "30"])
@@ -162,4 +193,3 @@ def test_what_starts_ignores_the_terminals_interrupt():
     process.kill()
     process.wait()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert os.getpid() != process.pid
