@@ -1,6 +1,7 @@
 """Strict mode for every test: CPU and two devices unless told otherwise, no silent promotion."""
 
 import os
+import signal
 
 # Set before jax is imported: `make test-gpu` says JAX_PLATFORMS=cuda,cpu.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,3 +13,6 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
 import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# A shell that starts pytest in the background has it, and all it starts, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
