@@ -11,6 +11,8 @@ import numpy as np
 
 # In nats: the largest bound of a row's logits that weights are measured from.
 LARGEST_BOUND = 2.0**13 * np.log(2)
+# In nats: how far below the bound they are measured from.
+HEADROOM = 60 * np.log(2)
 
 
 class Results(NamedTuple):
@@ -60,8 +62,9 @@ def oracle(*arrays, **options) -> tuple[Results, Results, Results, Results]:
       times the machine epsilon, that is what any order of summation may lose. Then what an output
       that is off by ε of its terms does to each, in units of ε: where one weight is all, `plain`
       has that weight and the output exactly, but not an implementation that rounds its weights
-      while they are measured from a bound. Only rows whose bound is small are counted. Then what
-      the rounding of the output to its dtype does to a backward pass that knows only that.
+      while they are measured from a bound, which also rounds their logarithm as a number of the
+      size of HEADROOM. Only rows whose bound is small are counted. Then what the rounding of the
+      output to its dtype does to a backward pass that knows only that.
     """
     return _formula(np.float64, lambda x: x, *arrays, **options)
 
@@ -174,7 +177,10 @@ def _formula(dtype, rounded, query, key, value, gamma, key_norm_weight, dout, dl
         bounds = g * (q * q).sum(-1, keepdims=True) / lam
     rounded_p = np.where((lam > 0) & (bounds <= LARGEST_BOUND), p, 0)
     rounded_out = rounded_p @ np.abs(v)
-    rounding = of_output(rounded_out, rounded_p)._replace(out=rounded_out)
+    # Logits that are measured from a bound less HEADROOM are rounded as numbers of that size are.
+    in_float32 = np.finfo(np.float32).eps / float(jnp.finfo(query.dtype).eps)
+    rounded_lse = np.where(rounded_p.any(-1, keepdims=True), HEADROOM * in_float32, 0)
+    rounding = of_output(rounded_out, rounded_p)._replace(out=rounded_out, logsumexp=rounded_lse)
     with np.errstate(over="ignore", invalid="ignore"):
         kept = np.abs(out - out.astype(query.dtype).astype(dtype))
     kept = of_output(np.where(np.isfinite(kept), kept, 0), p)
