@@ -119,7 +119,9 @@ class TransformerConfig:
       tie_embeddings: the head is the token embedding.
       dtype: of activations, "float32" or "bfloat16"; parameters are float32 always.
       remat: recompute blocks in the backward pass, keeping attention's output and logsumexp.
-      loss_chunk: tokens whose logits exist at once in the loss.
+      loss_chunk: entries of the vocabulary whose logits exist at once in the loss.
+      loss_dtype: of these logits as they are stored, "float32" or "bfloat16"; the softmax is
+        computed in float32 always.
       attention: the same in every block.
 
     Raises:
@@ -140,6 +142,7 @@ class TransformerConfig:
     dtype: str = "float32"
     remat: bool = False
     loss_chunk: int = 4096
+    loss_dtype: str = "float32"
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
 
     def __post_init__(self):
@@ -152,6 +155,7 @@ class TransformerConfig:
         require_choice("positions", self.positions, POSITIONS)
         require_choice("register_init", self.register_init, REGISTER_INITS)
         require_choice("dtype", self.dtype, DTYPES)
+        require_choice("loss_dtype", self.loss_dtype, DTYPES)
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}."

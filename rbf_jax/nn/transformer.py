@@ -130,7 +130,7 @@ class CausalLM(nn.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns −log p(target), (B, T) float32 in nats, `loss_chunk` tokens' logits at a time.
+        """Returns −log p(target), (B, T) float32 in nats, `loss_chunk` logits of each at a time.
 
         Args:
           tokens: int32 (B, T).
@@ -139,8 +139,13 @@ class CausalLM(nn.Module):
           segment_ids: as for a call of the model.
         """
         _require_integers("targets", targets, jnp.shape(tokens))
-        hidden = self._hidden(tokens, positions, segment_ids)
-        return losses.token_losses(hidden, self._head(), targets, chunk=self.config.loss_chunk)
+        return losses.token_losses(
+            self._hidden(tokens, positions, segment_ids),
+            self._head(),
+            targets,
+            chunk=self.config.loss_chunk,
+            dtype=self.config.loss_dtype,
+        )
 
     def _head(self) -> jax.Array:
         return self.embedding.embedding if self.config.tie_embeddings else self.head
