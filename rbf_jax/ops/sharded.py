@@ -4,7 +4,7 @@ Inside ``jax.set_mesh(mesh)`` the mesh axes with these names say what is split:
 
     "data", "fsdp"  the batch
     "tensor"        the heads
-    "seq"           queries and keys, by ring attention
+    "seq"           queries and keys, by ring attention; queries alone where keys are few
 
 An axis that does not divide what it splits is left out, and every device along it does the same.
 """
@@ -26,22 +26,35 @@ BATCH_AXES = ("data", "fsdp")
 HEAD_AXIS = "tensor"
 SEQUENCE_AXIS = "seq"
 NAMES = (*BATCH_AXES, HEAD_AXIS, SEQUENCE_AXIS)
-# The axes of each argument: b batch, n heads, t sequence, and others.
+# The axes of each argument: b batch, n heads, t queries, s keys, and others.
 _AXES = {
-    **dict.fromkeys(("query", "key", "value"), "btn."),
+    "query": "btn.",
+    **dict.fromkeys(("key", "value"), "bsn."),
     **dict.fromkeys(("gamma", "key_norm_weight", "alibi_slopes"), "n"),
     **dict.fromkeys(("query_lengths", "key_lengths", "query_offset"), "b"),
-    **dict.fromkeys(("query_segments", "key_segments"), "bt"),
+    "query_segments": "bt",
+    "key_segments": "bs",
     "mask": "bnt.",
 }
 
 
 class Split(NamedTuple):
-    """Mesh axes that split a call; `ring` is how "seq" does, if it does."""
+    """Mesh axes that split a call; `ring` is how "seq" splits keys too, if it does.
+
+    Attributes:
+      names: axes that shard_map is over.
+      batch: axes that split the batch.
+      heads: the axis that splits the heads, if any.
+      queries: the axis that splits the queries, if any.
+      query_length: T, filled up so that it can be split.
+      ring: how that axis splits the keys, if it does.
+    """
 
     names: frozenset[str]
     batch: tuple[str, ...]
     heads: str | None
+    queries: str | None
+    query_length: int
     ring: Ring | None
 
 
@@ -64,13 +77,14 @@ def split_of(inputs: Inputs, options: Options) -> Split | None:
     heads = None
     if HEAD_AXIS in names and N % mesh.shape[HEAD_AXIS] == 0 == K % mesh.shape[HEAD_AXIS]:
         heads = HEAD_AXIS
-    ring = None
-    if SEQUENCE_AXIS in names:
-        size = mesh.shape[SEQUENCE_AXIS]
-        if min(T, S) >= 2 * size:
+    queries, query_length, ring = None, T, None
+    if SEQUENCE_AXIS in names and 2 * (size := mesh.shape[SEQUENCE_AXIS]) <= T:
+        queries, query_length = SEQUENCE_AXIS, -(-T // size) * size
+        if 2 * size <= S:
             ring = Ring.plan(SEQUENCE_AXIS, size, T, S, options)
+            query_length = ring.query_length
     single = {name for name, size in mesh.shape.items() if size == 1}
-    return Split(frozenset(names | single), batch, heads, ring)
+    return Split(frozenset(names | single), batch, heads, queries, query_length, ring)
 
 
 def attend(passes: Passes, split: Split, inputs: Inputs, masking: Masking, options: Options):
@@ -86,18 +100,20 @@ def attend(passes: Passes, split: Split, inputs: Inputs, masking: Masking, optio
     Returns:
       The output and the logsumexp, of the whole call.
     """
-    T, ring = inputs.query.shape[1], split.ring
-    if ring is None:
-        local = with_custom_vjp(passes)
+    T = inputs.query.shape[1]
+    inputs, masking = _fill_up(split, inputs, masking)
+    if split.ring is not None:
+        local = ring_attention(split.ring, passes)
+    elif split.queries is not None:
+        local = _own_queries(split.queries, with_custom_vjp(passes))
     else:
-        inputs, masking = _fill_up(ring, inputs, masking)
-        local = ring_attention(ring, passes)
-    rows = None if ring is None else ring.axis
-    vectors = P(split.batch or None, rows, split.heads)
+        local = with_custom_vjp(passes)
+    axes = {"b": split.batch or None, "n": split.heads, "t": split.queries, ".": None}
+    axes["s"] = split.queries if split.ring is not None else None
+    vectors = P(axes["b"], axes["t"], axes["n"])
 
     def specs(named_tuple):
         """Of the arrays that are there; an axis of size 1 is not split."""
-        axes = {"b": split.batch or None, "n": split.heads, "t": rows, ".": None}
         return type(named_tuple)(
             **{
                 name: array
@@ -117,9 +133,29 @@ def attend(passes: Passes, split: Split, inputs: Inputs, masking: Masking, optio
     return out[:, :T], logsumexp[:, :T]
 
 
-def _fill_up(ring: Ring, inputs: Inputs, masking: Masking) -> tuple[Inputs, Masking]:
-    """Sequences of whole chunks; keys that are not there are beyond the length."""
+def _own_queries(axis: str, attend):
+    """``attend`` for a device that has a run of the queries, and all keys."""
+
+    def local(inputs: Inputs, masking: Masking, options: Options):
+        B, T = inputs.query.shape[:2]
+        start = jax.lax.axis_index(axis) * T
+        if options.is_causal or options.window is not None or masking.alibi_slopes is not None:
+            offset = 0 if masking.query_offset is None else masking.query_offset
+            offset = jnp.broadcast_to(start + offset, B).astype(jnp.int32)
+            masking = masking._replace(query_offset=offset)
+        if masking.query_lengths is not None:
+            lengths = jnp.clip(masking.query_lengths - start, 0, T)
+            masking = masking._replace(query_lengths=lengths)
+        return attend(inputs, masking, options)
+
+    return local
+
+
+def _fill_up(split: Split, inputs: Inputs, masking: Masking) -> tuple[Inputs, Masking]:
+    """Sequences that can be split evenly; keys that are not there are beyond the length."""
     B, S = inputs.key.shape[:2]
+    query_length = split.query_length
+    key_length = S if split.ring is None else split.ring.key_length
 
     def pad(array, axis, length):
         if array is None or array.shape[axis] in (1, length):
@@ -129,15 +165,15 @@ def _fill_up(ring: Ring, inputs: Inputs, masking: Masking) -> tuple[Inputs, Mask
         return jnp.pad(array, widths)
 
     key_lengths = masking.key_lengths
-    if ring.key_length > S and key_lengths is None:
+    if key_length > S and key_lengths is None:
         key_lengths = jnp.full(B, S, jnp.int32)
     return inputs._replace(
-        query=pad(inputs.query, 1, ring.query_length),
-        key=pad(inputs.key, 1, ring.key_length),
-        value=pad(inputs.value, 1, ring.key_length),
+        query=pad(inputs.query, 1, query_length),
+        key=pad(inputs.key, 1, key_length),
+        value=pad(inputs.value, 1, key_length),
     ), masking._replace(
-        mask=pad(pad(masking.mask, 2, ring.query_length), 3, ring.key_length),
+        mask=pad(pad(masking.mask, 2, query_length), 3, key_length),
         key_lengths=key_lengths,
-        query_segments=pad(masking.query_segments, 1, ring.query_length),
-        key_segments=pad(masking.key_segments, 1, ring.key_length),
+        query_segments=pad(masking.query_segments, 1, query_length),
+        key_segments=pad(masking.key_segments, 1, key_length),
     )

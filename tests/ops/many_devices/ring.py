@@ -53,6 +53,19 @@ CASES = [
     cases.case("alibi", T=43, S=43, is_causal=True, **SLOPES),
     cases.case("mask", T=43, S=60, mask=cases._mask("B", "N", "T", "S"), is_causal=True),
     cases.case("mask_of_keys", T=43, S=60, mask=cases._mask("B", "S")),
+    cases.case("few_keys", T=43, S=3, N=4, K=2, is_causal=True, origin_sink=True, per_head=True),
+    cases.case(
+        "few_keys_everything",
+        T=43,
+        S=7,
+        is_causal=True,
+        local_window_size=(6, 2),
+        mask=cases._mask("B", "N", "T", "S"),
+        query_seq_lengths=lambda *_: np.array([40, 3]),
+        key_value_seq_lengths=lambda *_: np.array([5, 7]),
+        **SLOPES,
+        **cases.SEGMENTS,
+    ),
     cases.case("far_keys", T=43, S=43, offset=60.0, is_causal=True),
     cases.case(
         "everything",
@@ -138,6 +151,19 @@ def test_a_ring_permutes_and_gathers_nothing():
         out, _ = compiled(*sharded)
     assert set(collectives(compiled)) == {"collective-permute"}
     assert out.sharding.spec == spec
+
+
+def test_queries_are_split_where_keys_are_few():
+    """As text attends to register tokens."""
+    mesh = mesh_of(data=2, seq=4)
+    q, k, v, dout = arrays(64)
+    q, dout = (jax.device_put(x, NamedSharding(mesh, P("data", "seq"))) for x in (q, dout))
+    k, v = (jax.device_put(x[:, :4], NamedSharding(mesh, P("data"))) for x in (k, v))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(both).lower(q, k, v, dout).compile()
+        out, _ = compiled(q, k, v, dout)
+    assert not collectives(compiled)
+    assert out.sharding.spec == P("data", "seq")
 
 
 def test_remat_keeps_what_its_policy_names():
