@@ -114,7 +114,7 @@ def model() -> ConfigDict:
             # Entries of the vocabulary whose logits exist at once in the loss, for all tokens of a
             # (micro-)batch, and the dtype that they are stored in: "float32" or "bfloat16", which
             # is faster by as much as it is less exact. The softmax is float32 always.
-            "loss_chunk": 4096,
+            "loss_chunk": 8192,
             "loss_dtype": "float32",
             "attention": attention(),
         }

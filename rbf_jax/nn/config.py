@@ -141,7 +141,7 @@ class TransformerConfig:
     tie_embeddings: bool = True
     dtype: str = "float32"
     remat: bool = False
-    loss_chunk: int = 4096
+    loss_chunk: int = 8192
     loss_dtype: str = "float32"
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
 

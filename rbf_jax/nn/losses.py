@@ -7,6 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+# Matrix products of other widths are slower on GPUs.
+_TILE = 128
+
 
 def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     """Float32 logits (..., V) of hidden states (..., D); the head (V, D) is cast to their dtype."""
@@ -90,8 +93,12 @@ def _parts(head: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
     devices, each then has its share in every part. Ids of V and more are padding.
     """
     V, D = head.shape
+    if V > chunk >= _TILE:
+        chunk -= chunk % _TILE
     n = -(-V // chunk)
     size = -(-V // n)
+    if n > 1 and chunk >= _TILE:
+        size += -size % _TILE
     parts = jnp.pad(head, [(0, n * size - V), (0, 0)]).reshape(size, n, D).swapaxes(0, 1)
     return jnp.arange(n * size, dtype=jnp.int32).reshape(size, n).T, parts
 

@@ -20,7 +20,7 @@ def _inputs(dtype=jnp.float32):
 
 
 def _value_and_gradients(function, hidden, head, targets):
-    weights = normal(3, B, T)
+    weights = normal(3, *targets.shape)
     nll, pullback = jax.vjp(lambda *inputs: function(*inputs, targets), hidden, head)
     return nll, *pullback(weights)
 
@@ -77,6 +77,17 @@ def test_logits_of_the_whole_vocabulary_never_exist_forward_or_backward():
     largest = _largest_array(lambda *i: losses.token_losses(*i, chunk=4), *inputs)
     assert largest < B * T * V
     assert largest == max(B * T * 4, B * T * D)
+
+
+def test_wide_parts_are_of_whole_tiles_and_within_the_chunk():
+    hidden, targets = normal(0, 1, 3, D), jnp.array([[0, 399, 1000]], jnp.int32)
+    head = normal(1, 1001, D)
+    calls = {chunk: lambda *i, c=chunk: losses.token_losses(*i, chunk=c) for chunk in (200, 1001)}
+    widths = {c: _largest_array(f, hidden, head, targets) for c, f in calls.items()}
+    assert widths[200] == 8 * 128 * D  # parts of 128, padded, and not of 200 or 143
+    assert widths[1001] == 1001 * D
+    several, one = (f(hidden, head, targets) for f in calls.values())
+    np.testing.assert_allclose(several, one, rtol=1e-5)
 
 
 def test_vmap_over_seeds_is_a_loop_over_seeds():
