@@ -30,9 +30,10 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from experiments.benchmarks.clock import MEANING, one_line
-from experiments.benchmarks.options import json_file, positive, write_text
+from experiments.benchmarks.options import json_file, positive
 from experiments.benchmarks.tile_timing import LENGTHS, Job, Outcome, Winner, do, start_worker
 from rbf_jax import environment
+from rbf_jax.data.files import write_text
 from rbf_jax.ops.triton import launch, tiles
 
 _WORKER_BYTES = 4 * 2**30

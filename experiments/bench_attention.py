@@ -38,8 +38,9 @@ from rich.table import Table
 
 from experiments.benchmarks import gpu_command
 from experiments.benchmarks.contenders import forward_and_backward
-from experiments.benchmarks.options import json_file, lengths, positive, write_text
+from experiments.benchmarks.options import json_file, lengths, positive
 from rbf_jax import environment, rbf_attention
+from rbf_jax.data.files import write_text
 
 PASSES = {"forward": "fwd", "forward+backward": "fwd+bwd"}
 

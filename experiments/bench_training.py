@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import config_files
-from experiments.benchmarks.options import json_file, positive, write_text
+from experiments.benchmarks.options import json_file, positive
+from rbf_jax.data.files import write_text
 
 # The original PyTorch code, its Triton kernel and torch.compile, on an H100.
 ORIGINAL = {"tokens_per_second": 0.61e6, "peak_bytes": 10.2 * 2**30}

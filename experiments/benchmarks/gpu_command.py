@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 
 from experiments.benchmarks import gpu_suite, report
-from experiments.benchmarks.options import json_file, lengths, positive, write_text
+from experiments.benchmarks.options import json_file, lengths, positive
+from rbf_jax.data.files import write_text
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-
-from rbf_jax.data.files import replacing
 
 
 def positive(text: str) -> int:
@@ -25,9 +22,3 @@ def json_file(text: str) -> str:
     if not text.endswith(".json"):
         raise argparse.ArgumentTypeError(f"{text!r} must end in .json")
     return text
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes beside `path` and renames, so that a killed program leaves a whole file."""
-    with replacing(path) as file:
-        file.write(text.encode())

@@ -15,7 +15,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from rbf_jax.analysis.style import STYLE
-from rbf_jax.data.files import replacing
+from rbf_jax.data.files import replacing, write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +48,10 @@ def write_report(out: Path, title: str, sections: Sequence[Section], numbers: An
             pictures += [png, pdf]
             links = [urllib.parse.quote(f"figures/{path.name}") for path in (png, pdf)]
             lines += [f"![{stem}]({links[0]})", "", f"[the same as vectors]({links[1]})", ""]
-    _write(
+    write_text(
         out / "numbers.json", json.dumps(_jsonable(numbers), indent=2, ensure_ascii=False) + "\n"
     )
-    _write(out / "report.md", "\n".join(lines).rstrip() + "\n")
+    write_text(out / "report.md", "\n".join(lines).rstrip() + "\n")
     return [out / "report.md", out / "numbers.json", *pictures]
 
 
@@ -73,11 +73,6 @@ def _save(figure: Figure, folder: Path, stem: str) -> tuple[Path, Path]:
         with replacing(path) as file:
             file.write(content.getvalue())
     return paths
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 def _jsonable(value: Any) -> Any:

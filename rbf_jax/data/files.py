@@ -30,6 +30,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         beside.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, UTF-8, beside `path` and renames it."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def hash_files(paths: Iterable[Path], *settings: str) -> str:
     """Returns the SHA-256 of the contents of `paths`, in order, and of `settings`, in hex."""
     digest = hashlib.sha256(repr(settings).encode())

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rbf_jax.data.files import replacing
+from rbf_jax.data.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,7 @@ class ByteTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes the file that `load_tokenizer` reads."""
-        with replacing(Path(path)) as file:
-            file.write(json.dumps(_BYTES_FILE).encode())
+        write_text(Path(path), json.dumps(_BYTES_FILE))
 
 
 class SubwordTokenizer:
@@ -110,8 +109,7 @@ class SubwordTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes the file that `load_tokenizer` reads, an ordinary tokenizer.json."""
-        with replacing(Path(path)) as file:
-            file.write(self._json.encode())
+        write_text(Path(path), self._json)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rbf_jax.data.files import replacing
+from rbf_jax.data.files import replacing, write_text
 from rbf_jax.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -139,8 +139,7 @@ def _write(files: _Files, name: str, documents: Iterable[str], tokenizer: Tokeni
         "dtype": dtype.name,
         "num_bytes": num_bytes,
     }
-    with replacing(files.about) as file:
-        file.write(json.dumps(about).encode())
+    write_text(files.about, json.dumps(about))
     logger.info("Tokenised %d documents, %d tokens.", len(lengths), offsets[-1])
 
 

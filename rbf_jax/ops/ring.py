@@ -239,7 +239,7 @@ def _backward(
     dtype = accumulation_dtype(inputs.query.dtype)
 
     def zeros(x):
-        return jnp.where(x == x, 0, 0).astype(dtype)
+        return jnp.zeros_like(x, dtype)
 
     def add_gradients(turn, state, block):
         block, *gathered = block

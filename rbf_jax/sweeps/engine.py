@@ -19,7 +19,7 @@ from typing import Any
 
 import submitit
 
-from rbf_jax.data.files import replacing
+from rbf_jax.data.files import write_text
 from rbf_jax.sweeps.study import SweepStudy
 from rbf_jax.sweeps.sweep import Sweep, SweepFolder
 from rbf_jax.sweeps.table import Display
@@ -116,8 +116,7 @@ class Pool:
             if self._sweep.executor == "slurm":
                 job = self._jobs[worker.name].job_id
                 logger.info("%s is job %s; scancel %s ends it.", worker.name, job, job)
-                with replacing(self._job_file(worker)) as file:
-                    file.write(job.encode())
+                write_text(self._job_file(worker), job)
 
     def stop(self) -> None:
         """Has local workers save and end, those of a parent that was killed, too."""
@@ -200,21 +199,21 @@ def _executor(folder: Path, sweep: Sweep) -> submitit.AutoExecutor:
     return executor
 
 
-@contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
+def _without_interrupts() -> contextlib.AbstractContextManager[None]:
     """What starts here ignores the terminal's Ctrl-C: it is for the parent to pass on."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return _handled(signal.SIGINT, signal.SIG_IGN)
+
+
+def _interruptible() -> contextlib.AbstractContextManager[None]:
+    """SIGTERM is taken as Ctrl-C while the block runs."""
+    return _handled(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM is taken as Ctrl-C while the block runs."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Signals of a number go to `handler` while the block runs."""
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rbf_jax.analysis.report import Section, markdown_table, write_report
-from rbf_jax.data.files import replacing
+from rbf_jax.data.files import write_text
 from rbf_jax.sweeps import figures, results, space, table
 from rbf_jax.sweeps.results import Group
 from rbf_jax.sweeps.study import SweepStudy
@@ -45,12 +45,14 @@ def write(folder: SweepFolder, defaults: Mapping[str, Any], command: str) -> lis
         sections += _part_sections(sweep, part, found[part.name])
     sections += [*_failures(rows), Section("Written by", _written_by(command))]
     paths = write_report(out, f"Sweep {folder.path.name}", sections, _numbers(command, rows, found))
-    paths.append(_write(out / "trials.csv", results.to_csv(rows, sweep.objective)))
+    paths.append(out / "trials.csv")
+    write_text(paths[-1], results.to_csv(rows, sweep.objective))
     if top is not None:
         docstring = _docstring(folder, out, top, sweep)
         config = sweep.config(top.point.values, 0)
         text = results.config_file(config, defaults, docstring)
-        paths.append(_write(out / "best_config.py", text))
+        paths.append(out / "best_config.py")
+        write_text(paths[-1], text)
     return paths
 
 
@@ -207,9 +209,3 @@ def _written_by(command: str) -> str:
 def _place(out: Path) -> str:
     """Of best_config.py, from where the program runs."""
     return os.path.relpath(out / "best_config.py")
-
-
-def _write(path: Path, text: str) -> Path:
-    with replacing(path) as file:
-        file.write(text.encode())
-    return path

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from rbf_jax.data.files import replacing
+from rbf_jax.data.files import write_text
 from rbf_jax.sweeps import space
 
 SAMPLERS = ("grid", "random", "tpe")
@@ -174,8 +174,7 @@ class SweepFolder:
                         f"{self.path} holds another sweep; choose another --sweep, or delete it. "
                         f"Different: {', '.join(different)}"
                     )
-            with replacing(self.sweep) as file:
-                file.write(sweep.to_json().encode())
+            write_text(self.sweep, sweep.to_json())
 
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:

@@ -18,12 +18,13 @@ import jax
 import optuna
 from optuna.trial import TrialState
 
+from rbf_jax.data.files import write_text
 from rbf_jax.sweeps.study import Claim, SweepStudy
 from rbf_jax.sweeps.sweep import Sweep, SweepFolder
 from rbf_jax.training import SetupError, TrainingDiverged, TrainingStopped, train
 from rbf_jax.training.config import from_json, to_json
 from rbf_jax.training.metrics import read_valid_losses
-from rbf_jax.training.run_folder import RunFolder, write_text
+from rbf_jax.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,6 @@ T = TypeVar("T")
 
 # In seconds.
 HEARTBEAT_TIMEOUT = 60
-# Longest text that processes tell each other, in bytes of UTF-8.
-_TEXT_BYTES = 1024
 # Steps between a vote to stop and its count: by then the devices have done it, so that nobody
 # waits, and no more work than that is ahead of them.
 _STEPS_TO_COUNT = 2
@@ -107,14 +105,16 @@ def is_first() -> bool:
 
 
 def texts_of_all(text: str) -> list[str]:
-    """Returns what each process says; cut to 1,024 bytes."""
+    """Returns what each process says."""
     if is_alone():
         return [text]
-    content = np.zeros(_TEXT_BYTES, np.uint8)
-    encoded = np.frombuffer(text.encode()[:_TEXT_BYTES], np.uint8)
-    content[: len(encoded)] = encoded
-    everyone = multihost_utils.process_allgather(content)
-    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in np.asarray(everyone)]
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.array(len(encoded))))
+    if not max(lengths):
+        return [""] * len(lengths)
+    padded = np.pad(encoded, (0, max(lengths) - len(encoded)))
+    everyone = np.asarray(multihost_utils.process_allgather(padded))
+    return [bytes(row[:length]).decode() for row, length in zip(everyone, lengths)]
 
 
 @contextlib.contextmanager

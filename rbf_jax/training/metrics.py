@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rbf_jax.training.run_folder import RunFolder, write_text
+from rbf_jax.data.files import write_text
+from rbf_jax.training.run_folder import RunFolder
 
 Values = Mapping[str, Any]
 
@@ -67,11 +68,6 @@ class MetricsFile:
         """Closes the file."""
         self._file.close()
 
-    @property
-    def valid_losses(self) -> dict[int, float]:
-        """Validation loss by step."""
-        return valid_losses(self.lines)
-
 
 def read_valid_losses(path: Path) -> dict[int, float]:
     """Returns the validation loss by step of a run's metrics.jsonl.
@@ -79,12 +75,7 @@ def read_valid_losses(path: Path) -> dict[int, float]:
     Raises:
       ValueError: a line that is not the last is not a JSON object with a step.
     """
-    return valid_losses(_read_lines(path))
-
-
-def valid_losses(lines: list[dict[str, Any]]) -> dict[int, float]:
-    """Returns the validation loss by step."""
-    return {line["step"]: line["loss"] for line in lines if line["split"] == "valid"}
+    return {line["step"]: line["loss"] for line in _read_lines(path) if line["split"] == "valid"}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rbf_jax.data.files import replacing
+from rbf_jax.data.files import write_text
 from rbf_jax.training import config as configs
 
 logger = logging.getLogger(__name__)
@@ -110,12 +110,6 @@ class RunFolder:
                 )
                 self.tokenizer.unlink(missing_ok=True)
         write_text(self.config, configs.to_json(config))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file beside and renames it."""
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -18,12 +18,14 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rbf_jax.ops.sharded import BATCH_AXES, SEQUENCE_AXIS
+from rbf_jax.ops.sharded import NAMES as AXES
+
 Batch = Mapping[str, Any]
 
-AXES = ("data", "fsdp", "tensor", "seq")
 # Rows over the devices, every parameter on each of them: what pmap did.
 DATA_PARALLEL = {"data": -1, "fsdp": 1, "tensor": 1, "seq": 1}
-BATCH_SPEC = P(("data", "fsdp"), "seq")
+BATCH_SPEC = P(BATCH_AXES, SEQUENCE_AXIS)
 
 # The end of a parameter's path, and which axis splits each of its dimensions. The first rule that
 # fits counts; what none fits is whole on every device: norms, registers, SuSiE, γ and λ.
@@ -149,7 +151,7 @@ def data_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
       ValueError: some processes share a part of their rows only.
     """
     process = jax.process_index() if process is None else process
-    rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    rows = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in BATCH_AXES), -1)
     held: dict[int, list[int]] = {}
     for number, row in enumerate(rows):
         for owner in {device.process_index for device in row}:
@@ -200,13 +202,13 @@ def keep_rows_split(next_function: Any, args: Any, kwargs: Any, context: Any) ->
     """
     del context
     sizes = jax.sharding.get_abstract_mesh().shape
-    shares = sizes.get("data", 1) * sizes.get("fsdp", 1)
+    shares = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
 
     def keep(x: Any) -> Any:
         if shares == 1 or not isinstance(x, jax.Array) or x.ndim < 3 or x.shape[0] % shares:
             return x
         return jax.lax.with_sharding_constraint(
-            x, P(("data", "fsdp"), *(P.UNCONSTRAINED,) * (x.ndim - 1))
+            x, P(BATCH_AXES, *(P.UNCONSTRAINED,) * (x.ndim - 1))
         )
 
     return jax.tree.map(keep, next_function(*args, **kwargs))

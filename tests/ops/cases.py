@@ -90,7 +90,7 @@ def case(name, features=(), *, T=33, S=33, B=2, N=2, K=2, H=16, **rest) -> Case:
     )
 
 
-def _mask(*axes):
+def mask_over(*axes):
     """A random mask that is full along `axes` (of B, N, T, S) and broadcast along the others."""
 
     def make(*shape):
@@ -137,11 +137,11 @@ CASES = [
     case("window_two_sided", ["two_sided_window"], local_window_size=(3, 2)),
     case("window_blocks", ["two_sided_window"], T=600, S=600, B=1, local_window_size=(40, 9)),
     case("window_zero", is_causal=True, local_window_size=0),
-    case("mask_BNTS", ["mask"], mask=_mask("B", "N", "T", "S")),
-    case("mask_TS", ["mask"], mask=_mask("T", "S"), is_causal=True),
-    case("mask_BS", ["mask"], mask=_mask("B", "S"), T=300, S=520, B=2),
-    case("mask_NT", ["mask"], mask=_mask("N", "T"), N=4),
-    case("mask_none", ["mask"], mask=_mask(), N=4),
+    case("mask_BNTS", ["mask"], mask=mask_over("B", "N", "T", "S")),
+    case("mask_TS", ["mask"], mask=mask_over("T", "S"), is_causal=True),
+    case("mask_BS", ["mask"], mask=mask_over("B", "S"), T=300, S=520, B=2),
+    case("mask_NT", ["mask"], mask=mask_over("N", "T"), N=4),
+    case("mask_none", ["mask"], mask=mask_over(), N=4),
     case("mask_rows", ["mask"], mask=_some_rows_masked),
     case(
         "lengths",
@@ -171,7 +171,7 @@ CASES = [
         is_causal=True,
         local_window_size=(20, 0),
         origin_sink=True,
-        mask=_mask("B", "T", "S"),
+        mask=mask_over("B", "T", "S"),
         alibi_slopes=lambda B, N, *_: 0.1 * np.arange(N),
         query_seq_lengths=lambda *_: np.array([40, 31], np.int32),
         key_value_seq_lengths=lambda *_: np.array([29, 52], np.int32),

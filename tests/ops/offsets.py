@@ -19,11 +19,11 @@ OPTIONS = {
 # Of two batch elements: before all keys, within, beyond, far beyond.
 OFFSETS = [(0, 5), (-30, -7), (16, 33), (60, -4)]
 parametrize = pytest.mark.parametrize(
-    ("name", "offsets"), [(name, offsets) for name in OPTIONS for offsets in OFFSETS]
+    ("name", "starts"), [(name, starts) for name in OPTIONS for starts in OFFSETS]
 )
 
 
-def check(attend, name, offsets, dtype, tolerance):
+def check(attend, name, starts, dtype, tolerance):
     """Output, logsumexp and gradients of `attend` with an offset."""
     given = dict(OPTIONS[name])
     slopes = jnp.array([0.1, 0.02, 0.3, 0.05]) if given.pop("alibi", False) else None
@@ -36,13 +36,13 @@ def check(attend, name, offsets, dtype, tolerance):
     numbers = jnp.full(4, 0.3), jnp.ones(4)
 
     def offset(q, k, v, gamma, weight):
-        masking = Masking(alibi_slopes=slopes, query_offset=jnp.array(offsets, jnp.int32))
+        masking = Masking(alibi_slopes=slopes, query_offset=jnp.array(starts, jnp.int32))
         return attend(Inputs(q, k, v, gamma, weight), masking, options)
 
     def embedded(q, k, v, gamma, weight):
         """Each in a sequence that begins `before` the first key."""
         results = []
-        for row, start in enumerate(offsets):
+        for row, start in enumerate(starts):
             before = max(0, -start)
             first, length = before + start, before + S + T + max(0, start)
             long_q, long_k, long_v = (

@@ -9,9 +9,6 @@ from tests.ops import offsets
 
 @pytest.mark.parametrize("attend", [reference.attend, xla.attend], ids=["reference", "xla"])
 @offsets.parametrize
-def test_offsets(attend, name, offsets, monkeypatch):
+def test_offsets(attend, name, starts, monkeypatch):
     monkeypatch.setattr("rbf_jax.ops.xla._MAX_BLOCKS", (8, 16))
-    check(attend, name, offsets, jnp.float32, 2e-5)
-
-
-check = offsets.check
+    offsets.check(attend, name, starts, jnp.float32, 2e-5)

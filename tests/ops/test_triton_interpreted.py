@@ -4,16 +4,11 @@ Triton is interpreted or compiled, by a variable that it reads when it is import
 may have it compile.
 """
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
-FOLDER = Path("tests/ops/interpreted")
+from tests.ops import own_process
+
+FOLDER = "tests/ops/interpreted"
 RUNS = {
     "contract, even": ("contract_suite.py", "even"),
     "contract, odd": ("contract_suite.py", "odd"),
@@ -26,26 +21,10 @@ RUNS = {
 
 
 def test_all_files_are_run():
-    files = {path.name for path in (ROOT / FOLDER).glob("*.py")} - {"__init__.py"}
-    assert files == {file for file, _ in RUNS.values()}
+    assert own_process.all_files(FOLDER) == {file for file, _ in RUNS.values()}
 
 
 @pytest.mark.parametrize(("file", "selected"), RUNS.values(), ids=RUNS.keys())
 def test_interpreted(file, selected):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    environment |= {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "pytest", str(FOLDER / file), "-k", selected]
-    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
-    run = subprocess.run(
-        [*command, *plugins, "--override-ini=addopts=", "--quiet", "--tb=short"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    *_, last = run.stdout.strip().splitlines() or [""]
-    # Not "1 skipped", "1 xfailed" or "1 warning" beside it.
-    passed = re.fullmatch(r"[1-9]\d* passed(, \d+ deselected)? in .*", last)
-    if not passed or run.returncode != 0:
-        pytest.fail(f"{run.stdout[-20_000:]}\n{run.stderr[-2_000:]}", pytrace=False)
+    interpreter = {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    own_process.run(f"{FOLDER}/{file}", interpreter, "-k", selected)

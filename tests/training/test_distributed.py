@@ -1,6 +1,7 @@
 """How a process finds its environment; several processes are in tests/experiments."""
 
 import jax
+import numpy as np
 import pytest
 
 from rbf_jax.training import distributed
@@ -84,3 +85,11 @@ def test_what_another_process_could_not_do_is_an_error_here(monkeypatch):
     # One's own comes first.
     with pytest.raises(OSError, match="the disk is full"), distributed.together():
         raise OSError("the disk is full")
+
+
+@pytest.mark.parametrize("text", ["", "short", "ä long one, " * 1000])
+def test_texts_are_whole(text, monkeypatch):
+    monkeypatch.setattr(distributed, "is_alone", lambda: False)
+    gather = distributed.multihost_utils
+    monkeypatch.setattr(gather, "process_allgather", lambda x: np.stack([x, x]))
+    assert distributed.texts_of_all(text) == [text, text]

@@ -105,12 +105,9 @@ def test_any_shapes_and_options(case, blocks, dtype):
 
 
 @offsets.parametrize
-def test_offsets(name, offsets):
+def test_offsets(name, starts):
     with tiles(16, 16):
-        check_offsets(triton.attend, name, offsets, "float32", 2e-4)
-
-
-check_offsets = offsets.check
+        offsets.check(triton.attend, name, starts, "float32", 2e-4)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, *random_cases.failed_seeds()])

@@ -1,7 +1,6 @@
 """Calls that a mesh splits, by batch, heads and sequence, held to the contract."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 from rbf_jax import rbf_attention
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 from tests.ops import cases, contract
+from tests.ops.many_devices.collectives import collectives
 
 XLA = functools.partial(rbf_attention, implementation="xla")
 SUBJECT = contract.Subject("xla on many devices", XLA)
-COLLECTIVES = re.compile(r"(all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 
 
 def mesh_of(**sizes):
@@ -51,8 +50,8 @@ CASES = [
     cases.case("segments", T=43, S=43, is_causal=True, **cases.SEGMENTS),
     cases.case("lengths", T=43, S=43, is_causal=True, **LENGTHS),
     cases.case("alibi", T=43, S=43, is_causal=True, **SLOPES),
-    cases.case("mask", T=43, S=60, mask=cases._mask("B", "N", "T", "S"), is_causal=True),
-    cases.case("mask_of_keys", T=43, S=60, mask=cases._mask("B", "S")),
+    cases.case("mask", T=43, S=60, mask=cases.mask_over("B", "N", "T", "S"), is_causal=True),
+    cases.case("mask_of_keys", T=43, S=60, mask=cases.mask_over("B", "S")),
     cases.case("few_keys", T=43, S=3, N=4, K=2, is_causal=True, origin_sink=True, per_head=True),
     cases.case(
         "few_keys_everything",
@@ -60,7 +59,7 @@ CASES = [
         S=7,
         is_causal=True,
         local_window_size=(6, 2),
-        mask=cases._mask("B", "N", "T", "S"),
+        mask=cases.mask_over("B", "N", "T", "S"),
         query_seq_lengths=lambda *_: np.array([40, 3]),
         key_value_seq_lengths=lambda *_: np.array([5, 7]),
         **SLOPES,
@@ -124,11 +123,6 @@ def arrays(T, N=4, K=4, B=4):
 def both(q, k, v, dout):
     out, vjp = jax.vjp(functools.partial(XLA, is_causal=True), q, k, v)
     return out, vjp(dout)
-
-
-def collectives(compiled):
-    found = COLLECTIVES.findall(compiled.as_text())
-    return {name: found.count(name) for name in set(found)}
 
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, None, "y"), P("x", None, "y")], ids=str)
