@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -47,10 +48,22 @@ def create_state(
       mesh: of `make_mesh`.
     """
 
-    create = functools.partial(_create, model, optimizer)
+    create = create_state_of(model, optimizer)
     shardings = state_shardings(mesh, state_shapes(model, optimizer))
     # A NumPy number, which is the same in all processes.
     return jax.jit(create, out_shardings=shardings)(np.uint32(seed))
+
+
+def create_state_of(
+    model: CausalLM, optimizer: optax.GradientTransformation
+) -> Callable[[Any], TrainState]:
+    """Returns the pure function seed uint32 () → state before the first step.
+
+    Args:
+      model: the language model.
+      optimizer: of `make_optimizer`.
+    """
+    return functools.partial(_create, model, optimizer)
 
 
 def state_shapes(model: CausalLM, optimizer: optax.GradientTransformation) -> TrainState:
@@ -60,7 +73,7 @@ def state_shapes(model: CausalLM, optimizer: optax.GradientTransformation) -> Tr
       model: the language model.
       optimizer: of `make_optimizer`.
     """
-    return jax.eval_shape(functools.partial(_create, model, optimizer), np.uint32(0))
+    return jax.eval_shape(create_state_of(model, optimizer), np.uint32(0))
 
 
 def _create(
