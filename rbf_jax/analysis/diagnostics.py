@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.scipy.special import xlogy
+
+from rbf_jax.ops.triton import gate
+
+# Of the norms of keys.
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+# Tokens of the first row whose attention weights are kept.
+MAP_TOKENS = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +97,97 @@ def _intermediates(model, variables, tokens, positions, segment_ids):
         variables, tokens, positions=positions, segment_ids=segment_ids, mutable=["intermediates"]
     )
     return state["intermediates"]
+
+
+def diagnose(model: nn.Module, params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What attention does with the text of a batch, in numbers: pure JAX, for jit and vmap.
+
+    Padding does not count. L layers, N heads, R registers:
+
+    * entropy (L, N): mean entropy of a token's attention, in nats, registers and sink included.
+    * register_mass, sink_mass, first_token_mass (L, N): mean weight on the registers, on the origin
+      sink, and on the first token of the document, which dot-product models make a sink.
+    * distance (L, N): mean |i − j| in tokens, over text keys, weighted by attention.
+    * key_norm_quantiles (L, 9): ‖k‖ of text, at `QUANTILES`.
+    * register_key_norm (L, R): ‖k‖, mean over heads.
+    * sink_value_norm (L,): mean ‖v‖ of registers, or of first tokens where there are none, over
+      the mean ‖v‖ of the other text.
+    * gamma, key_norm_weight (L, N).
+    * gated (L,): share of rows that are too far below the bound γ‖q‖²/λ for the Triton kernel to
+      measure logits from it (`rbf_jax.ops.triton.gate`); 1 for dot products, which have none.
+    * attention_map (L, N, M, R + M): weights of the first row's first M = 48 tokens.
+
+    Args:
+      model: a ``CausalLM``.
+      params: its parameters.
+      batch: of (B, T) arrays, as `rbf_jax.data` makes them.
+
+    Returns:
+      float32 arrays by name.
+    """
+    _, state = model.apply(
+        {"params": params},
+        batch["inputs"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        mutable=["intermediates"],
+    )
+    layers = [
+        {
+            name: values[0]
+            for name, values in state["intermediates"][f"block_{i}"]["attention"].items()
+        }
+        for i in range(model.config.num_layers)
+    ]
+    sown = {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
+    R = model.config.num_registers
+    weights = sown["attention_weights"]  # (L, B, N, T, R + T)
+    is_text = batch["segment_ids"] > 0  # (B, T)
+    is_first = is_text & (batch["positions"] == 0)
+
+    def over_rows(values: jax.Array) -> jax.Array:
+        """(L, B, N, T) → (L, N), mean over text."""
+        return jnp.mean(values, axis=(1, 3), where=is_text[None, :, None])
+
+    sink = jnp.clip(1 - weights.sum(-1), 0, 1)
+    text = weights[..., R:]
+    T = text.shape[-1]
+    apart = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(T)).astype(text.dtype)
+    norms = jnp.where(is_text[..., None], sown["key_norms"][:, :, R:], jnp.nan)
+    return {
+        "entropy": over_rows(-xlogy(weights, weights).sum(-1) - xlogy(sink, sink)),
+        "register_mass": over_rows(weights[..., :R].sum(-1)),
+        "sink_mass": over_rows(sink),
+        "first_token_mass": over_rows(jnp.sum(text, -1, where=is_first[None, :, None, None])),
+        "distance": over_rows((text * apart).sum(-1)) / over_rows(text.sum(-1)),
+        "key_norm_quantiles": jnp.nanquantile(
+            norms.reshape(len(layers), -1), jnp.array(QUANTILES), axis=1
+        ).T,
+        "register_key_norm": sown["key_norms"][:, 0, :R].mean(-1),
+        "sink_value_norm": _sink_value_norm(sown["value_norms"], R, is_text, is_first),
+        "gamma": sown["gamma"],
+        "key_norm_weight": sown["key_norm_weight"],
+        "gated": over_rows(_gated(sown["bound"], sown["bound_gap"])).mean(-1),
+        "attention_map": weights[:, 0, :, :MAP_TOKENS, : R + MAP_TOKENS],
+    }
+
+
+def _sink_value_norm(norms, num_registers, is_text, is_first) -> jax.Array:
+    """(L, B, R + T, K) → (L,)."""
+    text = norms[:, :, num_registers:]
+
+    def mean(where):
+        return jnp.mean(text, axis=(1, 2, 3), where=where[None, ..., None])
+
+    if num_registers:
+        return norms[:, :, :num_registers].mean((1, 2, 3)) / mean(is_text)
+    return mean(is_first) / mean(is_text & ~is_first)
+
+
+def _gated(bounds, gaps) -> jax.Array:
+    """1 where the forward kernel would not trust the bound of a row, else 0."""
+    farthest = (gate.HEADROOM - math.log2(gate.SMALLEST_SUM)) * math.log(2)
+    return (gaps > farthest) | (bounds > gate.LARGEST_REFERENCE * math.log(2))
 
 
 def _by_layer(sown: Mapping[tuple[str, ...], tuple[jax.Array, ...]], name: str) -> np.ndarray:

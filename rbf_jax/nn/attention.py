@@ -71,6 +71,8 @@ class Attention(nn.Module):
         )
         if self.is_mutable_collection("intermediates"):
             self._sow_weights(query, key, gamma, key_norm_weight, rules)
+            value_norms = jnp.linalg.norm(value.astype(jnp.float32), axis=-1)
+            self.sow("intermediates", "value_norms", value_norms)
         if collection := inspection.statistics_collection(self):
             self._sow_statistics(collection, query, key, gamma, key_norm_weight, rules)
         if attention.exclusive:
@@ -143,6 +145,12 @@ class Attention(nn.Module):
             logits, allowed, origin_sink=self.config.attention.origin_sink
         )
         self.sow("intermediates", "attention_weights", weights)
+        logits = jnp.where(True if allowed is None else allowed, logits, -jnp.inf)
+        squares = jnp.sum(jnp.square(query[:, R:].astype(jnp.float32)), axis=-1)
+        bounds = jnp.where(key_norm_weight > 0, gamma * squares / key_norm_weight, jnp.inf)
+        gaps = bounds.swapaxes(1, 2) - jax.nn.logsumexp(logits, axis=-1)
+        self.sow("intermediates", "bound", bounds.swapaxes(1, 2))
+        self.sow("intermediates", "bound_gap", gaps)
 
 
 def exclude_own_value(out: jax.Array, value: jax.Array) -> jax.Array:

@@ -70,7 +70,9 @@ class CausalLM(nn.Module):
     (B, R+T, K), ‖k‖, registers first; logit_max (), the largest logit of text, which is where
     segment_ids are greater than 0; gamma (N,); key_norm_weight (N,); and, of the model,
     register_norm (), if there are registers. With ``mutable=["intermediates"]`` it returns these
-    and, per layer, attention_weights (B, N, T, R+T), quadratic in T. All are float32.
+    and, per layer, attention_weights (B, N, T, R+T), quadratic in T; value_norms (B, R+T, K), ‖v‖;
+    bound (B, N, T), γ‖q‖²/λ, which no logit of the row exceeds (infinite for λ ≤ 0); and bound_gap
+    (B, N, T), what it is above the row's logsumexp. All are float32.
 
     Attributes:
       config: sizes and choices.

@@ -1,9 +1,12 @@
+import functools
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rbf_jax.analysis.diagnostics import look_inside, natural
+from rbf_jax.analysis.diagnostics import QUANTILES, diagnose, look_inside, natural
 from tests.nn.models import LENGTH, VOCAB, small_model
 
 B, N, K, R, L = 2, 4, 2, 2, 2
@@ -87,3 +90,65 @@ def test_a_model_that_sows_nothing_is_refused():
 def test_layers_are_in_the_order_of_their_numbers():
     names = ["block_10/a", "block_2/a", "block_2/b", "a_1"]
     assert sorted(names, key=natural) == ["a_1", "block_2/a", "block_2/b", "block_10/a"]
+
+
+def diagnosed(model, params, batch):
+    return jax.jit(functools.partial(diagnose, model))(params, {**batch, "inputs": batch["tokens"]})
+
+
+@pytest.fixture(scope="module")
+def numbers(batch):
+    model, variables = small_model()
+    return diagnosed(model, variables["params"], batch)
+
+
+def test_diagnoses_are_those_of_what_is_seen(numbers, seen, batch):
+    weights, is_text = seen.attention_weights, batch["segment_ids"] > 0
+
+    def mean(values):  # (L, B, N, T)
+        rows = values.swapaxes(1, 2)[:, :, is_text]
+        return rows.mean(-1)
+
+    entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(-1)
+    np.testing.assert_allclose(numbers["entropy"], mean(entropy), rtol=1e-4)
+    np.testing.assert_allclose(numbers["register_mass"], mean(weights[..., :R].sum(-1)), rtol=1e-4)
+    np.testing.assert_allclose(numbers["first_token_mass"], mean(weights[..., R]), rtol=1e-4)
+    np.testing.assert_allclose(numbers["sink_mass"], 0, atol=1e-5)
+    apart = np.abs(np.arange(LENGTH)[:, None] - np.arange(LENGTH))
+    text = weights[..., R:]
+    distance = mean((text * apart).sum(-1)) / mean(text.sum(-1))
+    np.testing.assert_allclose(numbers["distance"], distance, rtol=1e-4)
+    norms = seen.text_key_norms[:, is_text].reshape(L, -1)
+    np.testing.assert_allclose(
+        numbers["key_norm_quantiles"], np.quantile(norms, QUANTILES, axis=1).T, rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        numbers["register_key_norm"], seen.register_key_norms[:, 0].mean(-1), rtol=1e-5
+    )
+    M = min(LENGTH, 48)
+    np.testing.assert_allclose(
+        numbers["attention_map"], weights[:, 0, :, :M, : R + M], rtol=1e-4, atol=1e-6
+    )
+    assert numbers["gated"].shape == (L,)
+    assert not numbers["gated"].any()
+    assert (numbers["sink_value_norm"] > 0).all()
+
+
+def test_far_keys_are_gated(batch):
+    model, variables = small_model()
+    params = jax.tree.map(lambda x: x, variables["params"])
+    query = params["block_1"]["attention"]["query"]["kernel"]
+    # ‖q‖² grows by 10⁴, logits by 10².
+    params["block_1"]["attention"]["query"]["kernel"] = 100 * query
+    found = diagnosed(model, params, batch)["gated"]
+    assert found[0] == 0
+    assert found[1] > 0.5
+
+
+def test_without_registers_and_with_a_sink(batch):
+    model, variables = small_model(num_registers=0, attention={"origin_sink": True})
+    found = diagnosed(model, variables["params"], batch)
+    assert (found["sink_mass"] > 0).all()
+    assert (found["register_mass"] == 0).all()
+    assert found["register_key_norm"].shape == (L, 0)
+    assert np.isfinite(found["sink_value_norm"]).all()
