@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+import lzma
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rbf_jax.analysis.runs import read_json, read_lines
+from rbf_jax.data.files import replacing
+
 Columns = Mapping[str, np.ndarray]
+
+# Digits of the numbers that are kept.
+_DIGITS = 5
+SUFFIX = ".jsonl.xz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +38,7 @@ class Record:
       lengths: context length → validation loss (n,) after the last step.
       inside: what `rbf_jax.analysis.diagnostics.diagnose` says after the last step, each (n, …).
       tokens: the text whose attention weights are in `inside`, as strings.
-      summary: as in a run's summary.json: parameters, tokens, device, versions, date, command.
+      summary: as in an ensemble's summary.json: parameters, tokens, device, versions, date.
     """
 
     name: str
@@ -40,3 +51,103 @@ class Record:
     inside: Columns
     tokens: tuple[str, ...]
     summary: Mapping[str, Any]
+
+
+def from_ensemble(name: str, folder: Path) -> Record:
+    """Returns the record of an ensemble that has ended, see `rbf_jax.training.ensemble`.
+
+    Raises:
+      OSError, ValueError: it has not ended, or a file cannot be read.
+    """
+    summary, config = read_json(folder / "summary.json"), read_json(folder / "config.json")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for line in read_lines(folder / "metrics.jsonl"):
+        lines.setdefault(line.pop("split"), []).append(line)
+    (inside,) = lines.get("inside", [{"step": 0, "tokens": ()}])
+    return Record(
+        name=name,
+        config=_portable(config),
+        seeds=tuple(summary["seeds"]),
+        train=_columns(lines["train"]),
+        inspected=_columns(lines["inspect"]),
+        valid=_columns(lines["valid"]),
+        lengths={x["length"]: _array(x["loss"]) for x in lines.get("length", ())},
+        inside={k: _array(x) for k, x in inside.items() if k not in ("step", "tokens")},
+        tokens=tuple(inside["tokens"]),
+        summary=summary,
+    )
+
+
+def write_record(record: Record, path: Path) -> None:
+    """Writes a record: JSON lines, xz, numbers rounded to 5 digits."""
+    head = {
+        "name": record.name,
+        "config": record.config,
+        "seeds": record.seeds,
+        "tokens": record.tokens,
+        "summary": record.summary,
+    }
+    with replacing(path) as file, lzma.open(file, "wt", encoding="utf-8") as text:
+        text.write(json.dumps(head) + "\n")
+        for section in ("train", "inspected", "valid", "lengths", "inside"):
+            for column, values in getattr(record, section).items():
+                line = {"section": section, "column": column, "values": _rounded(values)}
+                text.write(json.dumps(line) + "\n")
+
+
+def read_record(path: Path) -> Record:
+    """Reads what `write_record` wrote.
+
+    Raises:
+      OSError, ValueError: it cannot be read.
+    """
+    try:
+        with lzma.open(path, "rt", encoding="utf-8") as text:
+            head, *lines = map(json.loads, text)
+        sections: dict[str, dict[Any, np.ndarray]] = {
+            name: {} for name in ("train", "inspected", "valid", "lengths", "inside")
+        }
+        for line in lines:
+            key = int(line["column"]) if line["section"] == "lengths" else line["column"]
+            sections[line["section"]][key] = _array(line["values"])
+        head["seeds"], head["tokens"] = tuple(head["seeds"]), tuple(head["tokens"])
+        return Record(**head, **sections)
+    except (lzma.LZMAError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no record: {type(error).__name__}: {error}") from error
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """The same text for configurations that train the same: not seed, place of files or devices."""
+    config = _portable(config)
+    data = {k: v for k, v in config["data"].items() if k not in ("cache_dir", "num_workers")}
+    rest = {k: v for k, v in config.items() if k not in ("data", "mesh", "logging", "seed")}
+    return json.dumps({"data": data, **rest}, sort_keys=True)
+
+
+def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Files by their names alone: where they lie is another matter on every machine."""
+    data = dict(config["data"])
+    for key in ("train_files", "valid_files"):
+        data[key] = [Path(file).name for file in data[key]]
+    return {key: value for key, value in config.items() if key != "seed"} | {"data": data}
+
+
+def _columns(lines: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    lines = list(lines)
+    return {name: _array([line[name] for line in lines]) for name in lines[0]}
+
+
+def _array(values: Any) -> np.ndarray:
+    """float64, NaN for None; whole numbers stay."""
+    array = np.asarray(values)
+    return array if array.dtype.kind == "i" else np.asarray(values, np.float64)
+
+
+def _rounded(values: Any) -> Any:
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if isinstance(values, list):
+        return [_rounded(value) for value in values]
+    if isinstance(values, int):
+        return values
+    return float(f"{values:.{_DIGITS}g}") if math.isfinite(values) else None

@@ -87,12 +87,12 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"run folder {path} does not exist")
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     for section in ("seed", "data", "model", "train"):
         if section not in config:
             raise ValueError(f"{path / 'config.json'} must hold {section!r}")
-    summary = _read_json(path / "summary.json") if (path / "summary.json").exists() else {}
-    rows = _read_lines(path / "metrics.jsonl")
+    summary = read_json(path / "summary.json") if (path / "summary.json").exists() else {}
+    rows = read_lines(path / "metrics.jsonl")
     train, valid = (_columns([row for row in rows if row.get("split") == s]) for s in _SPLITS)
     if not len(train["step"]) and not len(valid["step"]):
         raise ValueError(f"{path / 'metrics.jsonl'} holds no metrics yet")
@@ -123,7 +123,13 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is malformed.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; is {path.parent} a run folder?")
     try:
@@ -135,7 +141,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """Lines of metrics, less a last one that a killed or running program left unfinished."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; is {path.parent} a run folder?")

@@ -38,7 +38,7 @@ _SMALLEST_VOCABULARY = 257
 _PLACEMENT = ("mesh.", "optimizer.accumulate_steps", "model.remat")
 
 
-def validate(config: ConfigDict, num_devices: int) -> None:
+def validate(config: ConfigDict, num_devices: int, *, keeps_best: bool = True) -> None:
     """Raises ValueError, naming key, value and requirement, if a run could not work.
 
     What only the data can tell is left to `rbf_jax.data`.
@@ -46,6 +46,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     Args:
       config: with the keys and types of configs/base.py.
       num_devices: of all processes.
+      keeps_best: the checkpoint of best validation loss is kept; an ensemble has no such step.
     """
     for key, least in _LEAST.items():
         if _get(config, key) < least:
@@ -70,7 +71,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
             f"optimizer.final_learning_rate is {optimizer.final_learning_rate}; it must be at "
             f"most optimizer.learning_rate = {optimizer.learning_rate}."
         )
-    if train.eval_every % train.checkpoint_every:
+    if keeps_best and train.eval_every % train.checkpoint_every:
         raise ValueError(
             f"train.eval_every is {train.eval_every}; it must be a multiple of "
             f"train.checkpoint_every = {train.checkpoint_every}, so that the best can be kept."

@@ -65,16 +65,21 @@ class Texts:
     Attributes:
       data: by seed; they differ in the order of the rows.
       valid: (M, B, T) arrays, the validation batches that all are evaluated on.
-      chunks: train.log_every steps each, (steps, n, B, T) arrays, kept once made.
+      chunks: train.log_every steps each, (steps, n, B, T) arrays: those kept once made, since other
+        configurations want the same, until they fill `limit` bytes.
+      limit: on what is kept.
     """
 
     data: Mapping[int, Data]
     valid: Batch
     chunks: list[Batch]
+    limit: int
     _config: ConfigDict
 
     @classmethod
-    def read(cls, config: ConfigDict, seeds: Sequence[int], folder: Path) -> Texts:
+    def read(
+        cls, config: ConfigDict, seeds: Sequence[int], folder: Path, limit: int = 8 * 2**30
+    ) -> Texts:
         """Reads the data; its tokenizer is kept in `folder`.
 
         Raises:
@@ -85,7 +90,7 @@ class Texts:
             "valid", config.train.batch_size, shuffle=False, repeat=False
         )
         limited = itertools.islice(batches, config.train.eval_batches or None)
-        return cls(data, _stack(limited), [], config)
+        return cls(data, _stack(limited), [], limit, config)
 
     @property
     def first(self) -> Data:
@@ -113,7 +118,8 @@ class Texts:
         while True:
             steps = ([next(i) for i in iterators] for _ in range(train.log_every))
             chunk = _stack(_stack(members) for members in steps)
-            if index == len(self.chunks):
+            size = sum(array.nbytes for array in chunk.values())
+            if index == len(self.chunks) and (index + 1) * size <= self.limit:
                 self.chunks.append(chunk)
             index += 1
             yield chunk
@@ -173,7 +179,7 @@ def compile_programs(
       ValueError: the configuration is wrong.
       NotImplementedError: attention cannot be computed as it wants it.
     """
-    validate(config, jax.device_count())
+    validate(config, jax.device_count(), keeps_best=False)
     require_chunks(config)
     model = CausalLM(model_config(config, texts.first.tokenizer.vocab_size))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -290,7 +296,7 @@ def train_ensemble(
         loop = _Loop(config, texts, programs, checkpoints, metrics, Stopwatch(seconds), on_chunk)
         state = loop.run(state, stop)
         _finish(texts, programs, state, metrics)
-        summary = _summary(config, seeds, state, loop.watch.seconds)
+        summary = _summary(config, texts, state, loop.watch.seconds)
         if keep_members:
             _write_members(folder, config, texts, state, metrics, loop.watch.seconds)
         write_json(folder.summary, summary)
@@ -423,7 +429,8 @@ def _write_members(
             write_json(
                 member.summary,
                 {
-                    **_summary(own, [seed], state, seconds),
+                    **_summary(own, texts, state, seconds),
+                    "seeds": [seed],
                     "valid_loss": losses[-1]["loss"],
                     "valid_bits_per_byte": losses[-1]["bits_per_byte"],
                     "best_valid_loss": best["loss"],
@@ -432,15 +439,15 @@ def _write_members(
             )
 
 
-def _summary(
-    config: ConfigDict, seeds: Sequence[int], state: TrainState, seconds: float
-) -> dict[str, Any]:
+def _summary(config: ConfigDict, texts: Texts, state: TrainState, seconds: float) -> dict[str, Any]:
     steps = int(state.step)
-    tokens = steps * config.train.batch_size * config.data.context_length
+    rows = steps * config.train.batch_size
+    tokens = rows * config.data.context_length
     members = len(state.bad_step)
     return {
-        "seeds": list(seeds),
+        "seeds": list(texts.data),
         "steps": steps,
+        "epochs": rows / texts.first.num_rows("train"),
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)) // members,
         # Of each seed; positions of all batches, padding included.
         "train_tokens": tokens,

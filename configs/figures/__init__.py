@@ -1,0 +1,1 @@
+"""What the figures need trained, and at which scale."""

@@ -1,0 +1,22 @@
+"""The dial from dot product to RBF: λ fixed from 0 to 1, λ learned, γ learned per head."""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """Returns what is trained."""
+    return ConfigDict(
+        {
+            "space": {
+                "fixed": ({"model.attention.key_norm_weight": (0.0, 0.25, 0.5, 0.75, 1.0)},),
+                "learned": (
+                    {
+                        "model.attention.key_norm_weight": (0.0, 1.0, 1.0, 1.0),
+                        "model.attention.learn_key_norm_weight": (True, True, False, True),
+                        "model.attention.learn_gamma": (False, False, True, True),
+                    },
+                ),
+            },
+            "lengths": False,
+        }
+    )

@@ -1,0 +1,33 @@
+"""Register tokens and the sink at the origin: what happens without, and how they start.
+
+rbf:  0, 1 and 4 registers, started at zero or at random, without and with the origin sink.
+dot:  the same of 0 and 1 for the dot product with RoPE, to compare.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """Returns what is trained."""
+    return ConfigDict(
+        {
+            "space": {
+                "rbf": (
+                    {
+                        "model.num_registers": (0, 1, 1, 4, 4),
+                        "model.register_init": ("zero", "zero", "normal", "zero", "normal"),
+                    },
+                    {"model.attention.origin_sink": (False, True)},
+                ),
+                "dot": (
+                    {"model.attention.kind": ("dot",)},
+                    {"model.positions": ("rope",)},
+                    {
+                        "model.num_registers": (0, 1, 1),
+                        "model.register_init": ("zero", "zero", "normal"),
+                    },
+                ),
+            },
+            "lengths": False,
+        }
+    )

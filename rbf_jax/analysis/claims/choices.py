@@ -1,0 +1,232 @@
+"""What a model is made of: registers, positions, the dial from dot product to RBF."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from rbf_jax.analysis import paired
+from rbf_jax.analysis.claims import panels
+from rbf_jax.analysis.claims.panels import figure, forest, kind, line_style, styled, the, where
+from rbf_jax.analysis.records import Record
+
+
+@styled
+def registers(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
+    """Loss, spikes, and the attention that registers, sink and first token take."""
+    made, axes = figure(1, 3, height=3.4)
+    labels = [_registers(record) for record in records]
+    styles = [line_style(record) for record in records]
+    reference = {
+        kind(r): r for r in where(records, num_registers=1, register_init="zero", origin_sink=False)
+    }
+    losses = [
+        paired.difference(r, reference[kind(r)])
+        if kind(r) in reference
+        else paired.estimate(np.full(len(r.seeds), np.nan))
+        for r in records
+    ]
+    forest(axes[0, 0], labels, losses, styles)
+    forest(
+        axes[0, 1], labels, [paired.estimate(paired.spikes(r)) for r in records], styles, zero=False
+    )
+    names = ("register_mass", "sink_mass", "first_token_mass")
+    rows = np.arange(len(records))
+    left = np.zeros(len(records))
+    masses = {name: np.array([_mean(r, name) for r in records]) for name in names}
+    for name, color in zip(names, ("0.25", "0.55", "0.8")):
+        axes[0, 2].barh(
+            rows,
+            masses[name],
+            left=left,
+            color=color,
+            label=name.split("_mass")[0].replace("_", " "),
+        )
+        left = left + np.nan_to_num(masses[name])
+    axes[0, 2].set_ylim(len(records) - 0.5, -0.5)
+    axes[0, 2].legend(fontsize=6.5, loc="lower right")
+    axes[0, 0].set(title="Final loss less that of 1, zero", xlabel="nats; 95 % interval, paired")
+    axes[0, 1].set(title="Spikes", xlabel=f"steps {paired.SPIKE_NATS} nats up")
+    axes[0, 2].set(title="Attention they take", xlabel="mean weight, all layers and heads")
+    for axis in axes[0, 1:]:
+        axis.set_yticks(rows, [""] * len(records))
+    numbers: dict[str, Any] = {}
+    for index, record in enumerate(records):
+        own = reference.get(kind(record))
+        numbers |= panels.result_numbers([record], own)
+        numbers[record.name] |= {name: float(masses[name][index]) for name in names}
+    return made, numbers
+
+
+@styled
+def positions(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
+    """Final loss of each kind of positions, and RBF less dot product."""
+    made, axes = figure(1, 2, height=2.8)
+    pairs = [
+        (the(records, kind="rbf", positions=name), the(records, kind="dot", positions=name))
+        for name in panels.POSITIONS
+    ]
+    shown = [(a, b) for a, b in pairs if a is not None and b is not None]
+    for offset, index in ((-0.12, 0), (0.12, 1)):
+        for row, pair in enumerate(shown):
+            value, style = paired.estimate(paired.loss(pair[index])), line_style(pair[index])
+            axes[0, 0].plot([value.low, value.high], [row + offset] * 2, color=style.color)
+            axes[0, 0].plot(
+                value.mean,
+                row + offset,
+                marker=style.marker,
+                color=style.color,
+                linestyle="",
+                label=kind(pair[index]) if row == 0 else None,
+            )
+    names = [panels.positions(a) for a, _ in shown]
+    axes[0, 0].set_yticks(range(len(shown)), names)
+    axes[0, 0].set_ylim(len(shown) - 0.5, -0.5)
+    if shown:
+        axes[0, 0].legend(fontsize=7)
+    forest(
+        axes[0, 1],
+        names,
+        [paired.difference(a, b) for a, b in shown],
+        [line_style(a) for a, _ in shown],
+    )
+    axes[0, 0].set(title="Final validation loss", xlabel="nats per token; 95 % interval")
+    axes[0, 1].set(title="RBF less dot product", xlabel="nats per token; 95 % interval, paired")
+    numbers: dict[str, Any] = {}
+    for a, b in shown:
+        numbers |= panels.result_numbers([a], b) | panels.result_numbers([b], None)
+    susie = the(records, kind="rbf", positions="susie")
+    if susie is not None:
+        for record in where(records, kind="rbf"):
+            if record is not susie:
+                value = paired.difference(record, susie)
+                numbers[record.name]["less_susie"] = paired.as_numbers(value)
+    return made, numbers
+
+
+@styled
+def lengths(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
+    """Loss at contexts longer than those trained at."""
+    made, axes = figure(1, 2, height=2.8)
+    markers = dict(zip(panels.POSITIONS, "os^Dv"))
+    lines = dict(zip(panels.POSITIONS, ("-", (0, (1, 1)), (0, (4, 1.5)), "-", (0, (6, 1, 1, 1)))))
+    numbers: dict[str, Any] = {}
+    for axis, name in zip(axes[0], ("rbf", "dot")):
+        for record in where(records, kind=name):
+            if not record.lengths:
+                continue
+            at = sorted(record.lengths)
+            values = np.array([record.lengths[length] for length in at])  # (lengths, n)
+            positions = record.config["model"]["positions"]
+            color = line_style(record).color
+            axis.plot(
+                at,
+                values.mean(1),
+                marker=markers[positions],
+                linestyle=lines[positions],
+                color=color,
+                label=panels.positions(record),
+                alpha=1 if positions in ("susie", "alibi") else 0.65,
+            )
+            axis.fill_between(at, values.min(1), values.max(1), color=color, alpha=0.12)
+            numbers[record.name] = {
+                str(length): paired.as_numbers(paired.estimate(row))
+                for length, row in zip(at, values)
+            }
+        axis.set_xscale("log", base=2)
+        axis.set(
+            title={"rbf": "RBF", "dot": "dot product"}[name],
+            xlabel="context, tokens",
+            ylabel="validation loss, nats per token",
+        )
+        axis.legend(fontsize=7)
+    low = min(axis.get_ylim()[0] for axis in axes[0])
+    high = max(axis.get_ylim()[1] for axis in axes[0])
+    for axis in axes[0]:
+        axis.set_ylim(low, high)
+        axis.minorticks_off()
+    return made, numbers
+
+
+@styled
+def dial(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
+    """Final loss against λ, fixed and learned; where λ and γ go when they are learned."""
+    made, axes = figure(1, 2, height=2.8)
+    base = the(records, key_norm_weight=1.0, learn_key_norm_weight=False, learn_gamma=False)
+    fixed = sorted(
+        where(records, learn_key_norm_weight=False, learn_gamma=False),
+        key=lambda r: r.config["model"]["attention"]["key_norm_weight"],
+    )
+    learned = [r for r in records if r not in fixed]
+    rows = [*fixed, *learned]
+    if base is not None:
+        forest(
+            axes[0, 0],
+            [_dial(r) for r in rows],
+            [paired.difference(r, base) for r in rows],
+            [line_style(r) for r in rows],
+        )
+    axes[0, 0].set(title="Final loss less that of λ = 1", xlabel="nats; 95 % interval, paired")
+    labels, values = [], []
+    for record in learned:
+        attention = record.config["model"]["attention"]
+        for name, symbol in (("key_norm_weight", "λ"), ("gamma", "γ/γ₀")):
+            if attention[f"learn_{name}"]:
+                found = record.inside[name]
+                start = _initial_gamma(record) if name == "gamma" else 1.0
+                labels.append(f"{symbol}: {_dial(record)}")
+                values.append((found / start).reshape(-1, found.shape[-2]))
+    for row, array in enumerate(values):
+        for layer in range(array.shape[1]):
+            offset = 0.6 * (layer / max(array.shape[1] - 1, 1) - 0.5)
+            axes[0, 1].plot(
+                array[:, layer],
+                np.full(len(array), row + offset),
+                ".",
+                markersize=3,
+                color=str(0.1 + 0.6 * layer / array.shape[1]),
+            )
+    axes[0, 1].set_yticks(range(len(labels)), labels)
+    axes[0, 1].set_ylim(len(labels) - 0.5, -0.5)
+    axes[0, 1].set(title="Where they end, by layer (first on top)", xlabel="heads of all seeds")
+    numbers = panels.result_numbers(rows, base)
+    for record in learned:
+        for name in ("key_norm_weight", "gamma"):
+            found = record.inside[name]
+            numbers[record.name][name] = {
+                "mean": float(np.nanmean(found)),
+                "least": float(np.nanmin(found)),
+                "largest": float(np.nanmax(found)),
+            }
+    return made, numbers
+
+
+def _registers(record: Record) -> str:
+    model = record.config["model"]
+    number, init = model["num_registers"], model["register_init"]
+    text = "none" if number == 0 else f"{number}, {'zero' if init == 'zero' else 'random'}"
+    sink = " + sink" if model["attention"]["origin_sink"] else ""
+    return f"{'' if model['attention']['kind'] == 'rbf' else 'dot: '}{text}{sink}"
+
+
+def _dial(record: Record) -> str:
+    attention = record.config["model"]["attention"]
+    weight = attention["key_norm_weight"]
+    text = f"λ from {weight:g}" if attention["learn_key_norm_weight"] else f"λ = {weight:g}"
+    return f"{text}, γ learned" if attention["learn_gamma"] else text
+
+
+def _initial_gamma(record: Record) -> float:
+    model = record.config["model"]
+    gamma = model["attention"]["gamma"]
+    return gamma if gamma is not None else (model["d_model"] // model["num_heads"]) ** -0.5
+
+
+def _mean(record: Record, name: str) -> float:
+    values = record.inside.get(name)
+    if values is None or not np.isfinite(values).any():
+        return float("nan")
+    return float(np.nanmean(values))

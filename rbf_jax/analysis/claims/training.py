@@ -1,0 +1,170 @@
+"""How training goes: loss curves, the first steps, the learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from rbf_jax.analysis import paired
+from rbf_jax.analysis.claims import panels
+from rbf_jax.analysis.claims.panels import (
+    band,
+    figure,
+    forest,
+    kind,
+    line_style,
+    styled,
+    the,
+    where,
+)
+from rbf_jax.analysis.figures import smooth
+from rbf_jax.analysis.records import Record
+
+
+@styled
+def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
+    """Validation loss by step and by time; differences to the dot product, all else equal."""
+    made, axes = figure(2, 2)
+    same = where(records, positions="susie", register_init="zero")
+    for record in same:
+        x = record.valid["step"]
+        band(axes[0, 0], x, record.valid["loss"], line_style(record), kind(record))
+        band(axes[0, 1], record.valid["seconds"], record.valid["loss"], line_style(record), "")
+        step = record.train["step"]
+        train = np.apply_along_axis(smooth, 0, record.train["loss"])
+        band(axes[1, 0], step, train, line_style(record), kind(record))
+    ends = [np.nanmin(r.valid["loss"]) for r in same if np.isfinite(r.valid["loss"]).any()]
+    starts = [np.nanmax(r.valid["loss"][len(r.valid["loss"]) // 4]) for r in same]
+    for axis in (axes[0, 0], axes[0, 1], axes[1, 0]):
+        if ends and np.isfinite(starts).all():
+            span = max(starts) - min(ends)
+            axis.set_ylim(min(ends) - 0.05 * span, max(starts) + 0.1 * span)
+        axis.set_ylabel("loss, nats per token")
+    axes[0, 0].set(title="Validation, SuSiE for all", xlabel="step")
+    axes[0, 0].legend(fontsize=6.5)
+    axes[0, 1].set(title="The same by time", xlabel="seconds of training, all seeds at once")
+    axes[1, 0].set(title="Training, smoothed", xlabel="step")
+    rows = []
+    for positions in ("susie", "rope"):
+        dot = the(
+            records,
+            kind="dot",
+            positions=positions,
+            dot_scale="standard",
+            qk_norm=False,
+            register_init="zero",
+        )
+        group = where(records, positions=positions, register_init="zero")
+        rows += [(r, dot) for r in group if dot is not None and r is not dot]
+    twin = the(records, kind="dot", positions="rope", register_init="normal")
+    ours = the(records, kind="rbf", positions="susie", qk_norm=False)
+    if twin is not None and ours is not None:
+        rows.append((ours, twin))
+    labels = [f"{kind(a)}, {panels.positions(a)}" for a, _ in rows]
+    if twin is not None and ours is not None:
+        labels[-1] = "RBF, as the original's twins"
+    forest(
+        axes[1, 1],
+        labels,
+        [paired.difference(a, b) for a, b in rows],
+        [line_style(a) for a, _ in rows],
+    )
+    axes[1, 1].set(
+        title="Less the dot product of the same positions",
+        xlabel="final validation loss, nats; 95 % interval, paired",
+    )
+    numbers: dict[str, Any] = {}
+    for record, reference in rows:
+        numbers[f"{record.name} against {reference.name}"] = panels.result_numbers(
+            [record], reference
+        )[record.name]
+    return made, {"differences": numbers, "records": panels.result_numbers(records, None)}
+
+
+@styled
+def stability(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
+    """The first steps at two learning rates: loss, gradient norm, largest logit."""
+    rates = sorted({r.config["optimizer"]["learning_rate"] for r in records})
+    shown = [rates[len(rates) // 2], rates[-1]] if len(rates) > 1 else rates
+    made, axes = figure(max(len(shown), 1), 3, height=2.2)
+    numbers: dict[str, Any] = {}
+    for row, rate in enumerate(shown):
+        group = [r for r in records if r.config["optimizer"]["learning_rate"] == rate]
+        for record in group:
+            first = max(len(record.train["step"]) // 5, 4)
+            some = max(len(record.inspected["step"]) // 5, 2)
+            style, name = line_style(record), kind(record)
+            step, seen = record.train["step"][:first], record.inspected["step"][:some]
+            band(axes[row, 0], step, record.train["loss"][:first], style, name)
+            band(axes[row, 1], step, record.train["grad_norm"][:first], style, "")
+            band(axes[row, 2], seen, record.inspected["logit_max"][:some], style, "")
+            numbers[record.name] = {
+                "largest_gradient_norm": _largest(record.train["grad_norm"][:first]),
+                "median_gradient_norm": _median(record.train["grad_norm"][:first]),
+                "largest_logit": _largest(record.inspected["logit_max"]),
+                "steps": int(first),
+            }
+        axes[row, 0].set(title=f"Loss, learning rate {rate:g}", xlabel="step", ylabel="nats")
+        axes[row, 1].set(title="Gradient norm", xlabel="step", yscale="log")
+        axes[row, 2].set(title="Largest logit", xlabel="step")
+        axes[row, 0].legend(fontsize=6.5)
+    return made, numbers
+
+
+@styled
+def sensitivity(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
+    """Final loss and spikes against the learning rate."""
+    made, axes = figure(1, 2, height=3.0)
+    kinds: dict[str, list[Record]] = {}
+    for record in records:
+        kinds.setdefault(kind(record), []).append(record)
+    numbers: dict[str, Any] = {}
+    for name, group in kinds.items():
+        group = sorted(group, key=lambda r: r.config["optimizer"]["learning_rate"])
+        rates = np.array([r.config["optimizer"]["learning_rate"] for r in group])
+        style = line_style(group[0])
+        for axis, values in (
+            (axes[0, 0], [paired.loss(r) for r in group]),
+            (axes[0, 1], [paired.spikes(r) for r in group]),
+        ):
+            made_of = [paired.estimate(v) for v in values]
+            mean = np.array([e.mean for e in made_of])
+            axis.plot(
+                rates,
+                mean,
+                color=style.color,
+                linestyle=style.linestyle,
+                marker=style.marker,
+                label=name,
+            )
+            low = [np.nanmin(v) if np.isfinite(v).any() else np.nan for v in values]
+            high = [np.nanmax(v) if np.isfinite(v).any() else np.nan for v in values]
+            axis.fill_between(rates, low, high, color=style.color, alpha=0.18, linewidth=0)
+        ends = np.array([paired.estimate(paired.loss(r)).mean for r in group])
+        if np.isfinite(ends).any():
+            best = int(np.nanargmin(ends))
+            # Wortsman et al., arXiv:2309.14322: how much is lost on average over the grid.
+            numbers[name] = {
+                "best_rate": float(rates[best]),
+                "best": panels.result_numbers([group[best]], None)[group[best].name],
+                "mean_excess": float(np.nanmean(ends) - ends[best]),
+                "diverged": int(sum(paired.estimate(paired.loss(r)).missing for r in group)),
+                "by_rate": {f"{rate:g}": float(end) for rate, end in zip(rates, ends)},
+            }
+    axes[0, 0].set(title="Final validation loss", ylabel="nats per token")
+    axes[0, 1].set(title=f"Spikes of {paired.SPIKE_NATS} nats", ylabel="steps")
+    for axis in axes.flat:
+        axis.set(xscale="log", xlabel="learning rate")
+    axes[0, 0].legend(fontsize=7)
+    return made, numbers
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(np.nanmax(values)) if np.isfinite(values).any() else float("nan")
+
+
+def _median(values: np.ndarray) -> float:
+    return float(np.nanmedian(values)) if np.isfinite(values).any() else float("nan")

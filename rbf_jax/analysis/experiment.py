@@ -1,0 +1,164 @@
+"""Trains the variants that no record holds yet, one after the other, and keeps their records."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rbf_jax.analysis import records
+from rbf_jax.analysis.diagnostics import diagnose
+from rbf_jax.analysis.records import Record
+from rbf_jax.analysis.variants import Variant
+from rbf_jax.training import ensemble
+
+logger = logging.getLogger(__name__)
+
+# Data is read by one thread.
+_reading = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Variants of one configuration, each with the same seeds.
+
+    Attributes:
+      base: the configuration that all start from.
+      seeds: of every variant.
+      out: folder: runs/NAME is the ensemble of a variant, records/NAME.jsonl.xz its record.
+      kept: folder of records from elsewhere, which are as good, or None.
+    """
+
+    base: ConfigDict
+    seeds: tuple[int, ...]
+    out: Path
+    kept: Path | None
+
+    def config(self, variant: Variant) -> ConfigDict:
+        """Of a variant."""
+        config = self.base.copy_and_resolve_references()
+        config.update_from_flattened_dict(dict(variant.changes))
+        return config
+
+    def find(self, variant: Variant) -> Record | None:
+        """The record of a variant, if one of the very same configuration and seeds is there."""
+        wanted = records.identity(_plain(self.config(variant)))
+        for folder in (self.out / "records", self.kept):
+            path = folder / f"{variant.name}{records.SUFFIX}" if folder else None
+            if path is None or not path.is_file():
+                continue
+            record = records.read_record(path)
+            if (records.identity(record.config), record.seeds) == (wanted, self.seeds):
+                if self._lengths(variant) <= set(record.lengths):
+                    return record
+            logger.info("%s is of another configuration and is not used.", path)
+        return None
+
+    def find_kept(self, variant: Variant) -> Record | None:
+        """The kept record of a variant by its name, whatever it was trained on."""
+        path = self.kept / f"{variant.name}{records.SUFFIX}" if self.kept else None
+        return records.read_record(path) if path is not None and path.is_file() else None
+
+    def train(
+        self, variants: Sequence[Variant], *, compile_workers: int, keep_members: bool
+    ) -> dict[str, str]:
+        """Trains variants; returns the reasons of those that failed, by name.
+
+        While one is trained the next are compiled, each in a thread.
+
+        Raises:
+          TrainingStopped: a signal came; the same call goes on.
+        """
+        failed: dict[str, str] = {}
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        with futures.ThreadPoolExecutor(compile_workers) as pool, Progress(*columns) as progress:
+            total = progress.add_task("", total=len(variants) * self.base.train.steps)
+            try:
+                for position, (variant, prepared) in enumerate(self._prepared(variants, pool)):
+
+                    def show(step: int, losses: np.ndarray, name=variant.name, at=position) -> None:
+                        done = at * self.base.train.steps + step
+                        text = f"{name}: step {step}, loss {np.mean(losses):.3f}"
+                        progress.update(total, completed=done, description=text)
+
+                    try:
+                        texts, programs = prepared.result()
+                        folder = self.out / "runs" / variant.name
+                        ensemble.train_ensemble(
+                            self.config(variant),
+                            folder,
+                            texts,
+                            programs,
+                            keep_members=keep_members,
+                            on_chunk=show,
+                        )
+                        record = records.from_ensemble(variant.name, folder)
+                        records.write_record(record, self._path(variant))
+                        logger.info("%s", _headline(record))
+                    except (ValueError, NotImplementedError, OSError, RuntimeError) as error:
+                        failed[variant.name] = " ".join(str(error).split())[:300]
+                        logger.warning("%s failed: %s", variant.name, failed[variant.name])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return failed
+
+    def _prepared(
+        self, variants: Sequence[Variant], pool: futures.Executor
+    ) -> Iterator[tuple[Variant, futures.Future]]:
+        """Yields variants with what will be their texts and programs."""
+        texts: dict[str, ensemble.Texts] = {}
+        pending = []
+        for variant in variants:
+            pending.append((variant, pool.submit(self._prepare, variant, texts)))
+        for position, item in enumerate(pending):
+            yield item
+            pending[position] = None  # Programs take memory.
+
+    def _prepare(self, variant: Variant, texts: dict[str, ensemble.Texts]) -> Any:
+        config = self.config(variant)
+        key = json.dumps([_plain(config)["data"], _plain(config)["train"]], sort_keys=True)
+        with _reading:
+            if key not in texts:
+                folder = self.out / "tokenizer"
+                texts[key] = ensemble.Texts.read(config, self.seeds, folder)
+        lengths = sorted(self._lengths(variant))
+        return texts[key], ensemble.compile_programs(
+            config, texts[key], lengths=lengths, diagnose=diagnose
+        )
+
+    def _lengths(self, variant: Variant) -> set[int]:
+        config = self.config(variant)
+        most = 1 if config.model.positions == "learned" else max(variant.lengths, default=0)
+        return {m * config.data.context_length for m in variant.lengths if m <= most}
+
+    def _path(self, variant: Variant) -> Path:
+        return self.out / "records" / f"{variant.name}{records.SUFFIX}"
+
+
+def _headline(record: Record) -> str:
+    losses = record.valid["loss"][-1]
+    return (
+        f"{record.name}: validation loss {np.mean(losses):.4f} "
+        f"({np.min(losses):.4f} to {np.max(losses):.4f}), "
+        f"{record.summary['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
+def _plain(config: ConfigDict) -> Mapping[str, Any]:
+    """As it is when it has been JSON."""
+    return json.loads(json.dumps(config.to_dict()))

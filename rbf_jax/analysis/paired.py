@@ -1,0 +1,110 @@
+"""Statistics of few seeds: intervals, paired differences, steps saved, loss spikes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from scipy import stats
+
+from rbf_jax.analysis.comparison import steps_to_reach
+from rbf_jax.analysis.records import Record
+
+# A step is a spike where its training loss is so many nats above the median of those before it.
+SPIKE_NATS = 0.2
+SPIKE_WINDOW = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over n seeds and its 95 % interval, by Student's t.
+
+    Attributes:
+      mean: of the finite values; NaN where there is none.
+      low: lower end; −inf for fewer than two values.
+      high: upper end.
+      n: finite values.
+      missing: values that are not finite: diverged seeds.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    missing: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        if not self.n:
+            return "diverged"
+        text = f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
+        return text if not self.missing else f"{text}, {self.missing} diverged"
+
+
+def estimate(values: np.ndarray) -> Estimate:
+    """The mean of values (n,) and its interval."""
+    values = np.asarray(values, np.float64)
+    good = values[np.isfinite(values)]
+    n, missing = len(good), len(values) - len(good)
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0, missing)
+    mean = float(good.mean())
+    if n == 1:
+        return Estimate(mean, -math.inf, math.inf, 1, missing)
+    half = float(stats.t.ppf(0.975, n - 1) * good.std(ddof=1) / math.sqrt(n))
+    return Estimate(mean, mean - half, mean + half, n, missing)
+
+
+def difference(record: Record, reference: Record, which: str = "final") -> Estimate:
+    """Validation loss of a record less that of a reference, paired by seed, in nats a token.
+
+    Raises:
+      ValueError: they were not trained with the same seeds.
+    """
+    if record.seeds != reference.seeds:
+        raise ValueError(
+            f"{record.name} has seeds {record.seeds} and {reference.name} {reference.seeds}; "
+            "differences are paired by seed."
+        )
+    return estimate(loss(record, which) - loss(reference, which))
+
+
+def loss(record: Record, which: str = "final") -> np.ndarray:
+    """Validation loss (n,) after the last step ("final"), or the least of all ("best")."""
+    losses = record.valid["loss"]
+    if which == "final":
+        return losses[-1]
+    filled = np.where(np.isfinite(losses), losses, np.inf).min(0)
+    return np.where(np.isfinite(filled), filled, np.nan)
+
+
+def steps_saved(record: Record, reference: Record) -> Estimate:
+    """How many steps earlier each seed has the reference's final loss; a seed that never has it
+    counts as missing."""
+    steps = record.valid["step"].astype(np.float64)
+    saved = []
+    for own, target in zip(record.valid["loss"].T, loss(reference)):
+        reached = steps_to_reach(steps, own, float(target))
+        saved.append(math.nan if reached is None else steps[-1] - reached)
+    return estimate(np.array(saved))
+
+
+def spikes(record: Record) -> np.ndarray:
+    """(n,) steps whose training loss is `SPIKE_NATS` above the median of the `SPIKE_WINDOW` before;
+    NaN for seeds that diverged."""
+    losses = record.train["loss"]
+    counts = np.zeros(losses.shape[1])
+    for start in range(SPIKE_WINDOW, len(losses)):
+        before = np.median(losses[start - SPIKE_WINDOW : start], axis=0)
+        counts += losses[start] > before + SPIKE_NATS
+    return np.where(np.isfinite(losses).all(0), counts, np.nan)
+
+
+def as_numbers(value: Estimate) -> dict[str, float | int]:
+    """For JSON."""
+    return dataclasses.asdict(value)
