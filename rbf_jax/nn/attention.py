@@ -80,7 +80,7 @@ class Attention(nn.Module):
         return nn.DenseGeneral(
             config.d_model,
             axis=(-2, -1),
-            use_bias=False,
+            use_bias=config.use_bias,
             dtype=config.dtype,
             kernel_init=output_init(config.num_layers),
             name="out",
@@ -89,7 +89,7 @@ class Attention(nn.Module):
     def _project(self, heads: int, name: str) -> nn.DenseGeneral:
         return nn.DenseGeneral(
             (heads, self.config.head_dim),
-            use_bias=False,
+            use_bias=self.config.use_bias,
             dtype=self.config.dtype,
             kernel_init=weight_init,
             name=name,

@@ -17,7 +17,7 @@ from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 
 
 class MLP(nn.Module):
-    """D → mlp_ratio·D → GELU → D, without biases."""
+    """D → mlp_ratio·D → GELU (its tanh form, as GPT-2 has it) → D."""
 
     config: TransformerConfig
 
@@ -26,12 +26,16 @@ class MLP(nn.Module):
         """(B, R+T, D) → (B, R+T, D)."""
         config = self.config
         width = config.mlp_ratio * config.d_model
-        x = nn.Dense(width, use_bias=False, dtype=config.dtype, kernel_init=weight_init, name="in")(
-            x
-        )
+        x = nn.Dense(
+            width,
+            use_bias=config.use_bias,
+            dtype=config.dtype,
+            kernel_init=weight_init,
+            name="in",
+        )(x)
         return nn.Dense(
             config.d_model,
-            use_bias=False,
+            use_bias=config.use_bias,
             dtype=config.dtype,
             kernel_init=output_init(config.num_layers),
             name="out",
@@ -49,9 +53,9 @@ class Block(nn.Module):
     ) -> jax.Array:
         """(B, R+T, D) → (B, R+T, D)."""
         config = self.config
-        normed = Norm(config.dtype, config.num_registers, name="attention_norm")(x)
+        normed = Norm(config.dtype, config.num_registers, config.norm, name="attention_norm")(x)
         x = x + Attention(config, name="attention")(normed, angles, segment_ids)
-        normed = Norm(config.dtype, config.num_registers, name="mlp_norm")(x)
+        normed = Norm(config.dtype, config.num_registers, config.norm, name="mlp_norm")(x)
         return x + MLP(config, name="mlp")(normed)
 
 
@@ -97,7 +101,7 @@ class CausalLM(nn.Module):
         if config.num_registers:
             self.registers = Registers(config.num_registers, config.d_model, config.register_init)
         self.block = [block(config) for _ in range(config.num_layers)]  # named block_0, block_1 …
-        self.final_norm = Norm(config.dtype)
+        self.final_norm = Norm(config.dtype, kind=config.norm)
         if not config.tie_embeddings:
             self.head = self.param("head", weight_init, (config.vocab_size, config.d_model))
 
