@@ -14,6 +14,7 @@ KINDS = ("rbf", "dot")
 DOT_SCALES = ("standard", "rbf")
 POSITIONS = ("susie", "rope", "alibi", "learned", "none")
 REGISTER_INITS = ("zero", "normal")
+NORMS = ("rms", "layer")
 DTYPES = ("float32", "bfloat16")
 
 _SIZES = (
@@ -113,6 +114,8 @@ class TransformerConfig:
       num_heads: N.
       num_kv_heads: K; None for as many as query heads.
       mlp_ratio: width of the MLP over D.
+      norm: of the residual stream, "rms" or "layer"; the latter has biases.
+      use_bias: projections of attention and MLP have biases.
       positions: "susie", "rope", "alibi", "learned" or "none".
       num_registers: R, learned vectors in front of the sequence.
       register_init: how they start, "zero" or "normal" (standard deviation 0.02).
@@ -135,6 +138,8 @@ class TransformerConfig:
     num_heads: int = 4
     num_kv_heads: int | None = None
     mlp_ratio: int = 4
+    norm: str = "rms"
+    use_bias: bool = False
     positions: str = "susie"
     num_registers: int = 1
     register_init: str = "zero"
@@ -152,6 +157,7 @@ class TransformerConfig:
                 continue
             if not (_is_integer(value) and value >= least):
                 raise ValueError(f"{name}={value!r} must be an int ≥ {least}.")
+        require_choice("norm", self.norm, NORMS)
         require_choice("positions", self.positions, POSITIONS)
         require_choice("register_init", self.register_init, REGISTER_INITS)
         require_choice("dtype", self.dtype, DTYPES)

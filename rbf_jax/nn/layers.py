@@ -25,16 +25,18 @@ def output_init(num_layers: int) -> jax.nn.initializers.Initializer:
 
 
 class Norm(nn.Module):
-    """RMSNorm over the last axis with a learned scale, computed in float32.
+    """RMSNorm over the last axis with a learned scale, or LayerNorm; computed in float32.
 
     Attributes:
       dtype: of the result.
       num_registers: so many places at the head of axis 1 are registers, which have an ε of their
         own.
+      kind: "rms"; "layer" subtracts the mean too, and adds a learned bias.
     """
 
     dtype: str
     num_registers: int = 0
+    kind: str = "rms"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -44,5 +46,10 @@ class Norm(nn.Module):
         epsilon = jnp.where(is_register, REGISTER_EPSILON, TOKEN_EPSILON)
         epsilon = epsilon.reshape(-1, *(1,) * (x.ndim - 2))
         x = x.astype(jnp.float32)
+        if self.kind == "layer":
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
         mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
-        return (x * jax.lax.rsqrt(mean_square + epsilon) * scale).astype(self.dtype)
+        x = x * jax.lax.rsqrt(mean_square + epsilon) * scale
+        if self.kind == "layer":
+            x = x + self.param("bias", nn.initializers.zeros, scale.shape)
+        return x.astype(self.dtype)

@@ -40,6 +40,7 @@ def test_wrong_attention_is_an_error(changes, message):
         ({"positions": "suzie"}, r"positions='suzie' must be one of .*; did you mean 'susie'\?"),
         ({"positions": "???"}, r"positions='\?\?\?' must be one of 'susie', .*, 'none'\.$"),
         ({"register_init": "zeros"}, "did you mean 'zero'"),
+        ({"norm": "layers"}, "norm='layers' must be one of .*; did you mean 'layer'"),
         ({"dtype": "float16"}, "dtype='float16' must be one of"),
         ({"num_heads": 5, "num_kv_heads": 5}, "num_heads=5 must divide d_model=16"),
         ({"num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=4"),

@@ -18,6 +18,17 @@ def test_norm_is_the_root_mean_square(heads):
     np.testing.assert_allclose(y, expected, rtol=1e-5)
 
 
+def test_layer_norm_is_the_published_formula():
+    """Lei Ba et al., arXiv:1607.06450, with an ε of its own for registers."""
+    x, scale, bias = normal(0, 2, 5, 8), normal(1, 8), normal(2, 8)
+    y = Norm("float32", 2, "layer").apply({"params": {"scale": scale, "bias": bias}}, x)
+    epsilon = np.full((5, 1), TOKEN_EPSILON)
+    epsilon[:2] = REGISTER_EPSILON
+    mean, variance = np.mean(x, -1, keepdims=True), np.var(x, -1, keepdims=True)
+    expected = (x - mean) / np.sqrt(variance + epsilon) * scale + bias
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_norm_computes_in_float32_and_returns_its_dtype():
     x = (1e3 * normal(0, 1, 3, 64)).astype(jnp.bfloat16)
     variables = {"params": {"scale": jnp.ones(64)}}

@@ -217,6 +217,24 @@ def test_initialisation_and_the_gradient_of_zero_registers():
     assert 0 < norms["registers"] < 0.1 * norms["embedding"]
 
 
+def test_biases_are_where_gpt2_has_them_and_nowhere_by_default():
+    def biases(**changes):
+        model = CausalLM(small_config(**changes))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS[None])["params"]
+        paths = (jax.tree_util.keystr(p, simple=True, separator="/") for p in _paths(shapes))
+        return {path for path in paths if path.endswith("bias") and "block_1" not in path}
+
+    assert biases() == set()
+    norms = {"block_0/attention_norm/bias", "block_0/mlp_norm/bias", "final_norm/bias"}
+    assert biases(norm="layer") == norms
+    attention = {f"block_0/attention/{name}/bias" for name in ("query", "key", "value", "out")}
+    assert biases(use_bias=True) == attention | {"block_0/mlp/in/bias", "block_0/mlp/out/bias"}
+
+
+def _paths(tree):
+    return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
 def test_wrong_input_is_an_error():
     model, variables = small_model(positions="learned")
     tokens = jnp.zeros((2, LENGTH), jnp.int32)
