@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rbf_jax.nn import inspection, positions, registers
+from rbf_jax.nn import cache as caches
+from rbf_jax.nn import inspection, positions
 from rbf_jax.nn.config import TransformerConfig
 from rbf_jax.nn.layers import Norm, output_init, weight_init
 
@@ -31,25 +32,28 @@ class Attention(nn.Module):
         x: jax.Array,
         angles: positions.Sinusoids | None = None,
         segment_ids: jax.Array | None = None,
-    ) -> jax.Array:
+        past: caches.Past | None = None,
+    ) -> Any:
         """Applies the layer.
 
         Args:
-          x: (B, R+T, D), registers first, in the compute dtype.
+          x: (B, R+T, D), registers first, in the compute dtype; with a `Step`, (B, T, D).
           angles: of the T text positions, for "susie" and "rope".
           segment_ids: integer (B, T): text attends to text of its own segment only.
+          past: a cache to fill, or to go on from.
 
         Returns:
-          (B, R+T, D), in the compute dtype.
+          As x, in the compute dtype; with a `past` a pair of it and the cache as it is then.
         """
         config, attention = self.config, self.config.attention
+        in_front = caches.registers_in_front(config, past)
         query = self._project(config.num_heads, "query")(x)
         key = self._project(config.kv_heads, "key")(x)
         value = self._project(config.kv_heads, "value")(x)
         if attention.qk_norm:
-            query = Norm(config.dtype, config.num_registers, name="query_norm")(query)
-            key = Norm(config.dtype, config.num_registers, name="key_norm")(key)
-        query, key = self._place(query, key, angles)
+            query = Norm(config.dtype, in_front, name="query_norm")(query)
+            key = Norm(config.dtype, in_front, name="key_norm")(key)
+        query, key = self._place(query, key, angles, in_front)
         gamma, key_norm_weight = self._gamma(), self._key_norm_weight()
         slopes = positions.alibi_slopes(config.num_heads) if config.positions == "alibi" else None
         rules: dict[str, Any] = {
@@ -58,26 +62,23 @@ class Attention(nn.Module):
             "alibi_slopes": slopes,
         }
 
-        out = registers.attend(
+        out, cache = caches.attend(
             query,
             key,
             value,
             config.num_registers,
+            past,
             **rules,
             origin_sink=attention.origin_sink,
             gamma=gamma,
             key_norm_weight=key_norm_weight,
             implementation=attention.implementation,
         )
-        if self.is_mutable_collection("intermediates"):
-            self._sow_weights(query, key, gamma, key_norm_weight, rules)
-            value_norms = jnp.linalg.norm(value.astype(jnp.float32), axis=-1)
-            self.sow("intermediates", "value_norms", value_norms)
-        if collection := inspection.statistics_collection(self):
-            self._sow_statistics(collection, query, key, gamma, key_norm_weight, rules)
+        if past is None:
+            self._sow(query, key, value, gamma, key_norm_weight, rules)
         if attention.exclusive:
             out = exclude_own_value(out, value)
-        return nn.DenseGeneral(
+        out = nn.DenseGeneral(
             config.d_model,
             axis=(-2, -1),
             use_bias=config.use_bias,
@@ -85,6 +86,7 @@ class Attention(nn.Module):
             kernel_init=output_init(config.num_layers),
             name="out",
         )(out)
+        return out if past is None else (out, cache)
 
     def _project(self, heads: int, name: str) -> nn.DenseGeneral:
         return nn.DenseGeneral(
@@ -95,14 +97,14 @@ class Attention(nn.Module):
             name=name,
         )
 
-    def _place(self, query, key, angles):
+    def _place(self, query, key, angles, in_front):
         """Tells queries and keys where they stand; in float32, whatever their dtype."""
         config = self.config
         if config.positions == "rope":
-            query = positions.rotate(query, angles, config.num_registers)
-            key = positions.rotate(key, angles, config.num_registers)
+            query = positions.rotate(query, angles, in_front)
+            key = positions.rotate(key, angles, in_front)
         elif config.positions == "susie":
-            offsets = positions.SuSiE(config.kv_heads, config.num_registers, name="susie")(angles)
+            offsets = positions.SuSiE(config.kv_heads, in_front, name="susie")(angles)
             query, key = positions.add_susie(query, offsets), positions.add_susie(key, offsets)
         return query, key
 
@@ -120,6 +122,14 @@ class Attention(nn.Module):
             return weight
         initializer = nn.initializers.constant(weight)
         return self.param("key_norm_weight", initializer, (self.config.num_heads,))
+
+    def _sow(self, query, key, value, gamma, key_norm_weight, rules) -> None:
+        if self.is_mutable_collection("intermediates"):
+            self._sow_weights(query, key, gamma, key_norm_weight, rules)
+            value_norms = jnp.linalg.norm(value.astype(jnp.float32), axis=-1)
+            self.sow("intermediates", "value_norms", value_norms)
+        if collection := inspection.statistics_collection(self):
+            self._sow_statistics(collection, query, key, gamma, key_norm_weight, rules)
 
     def _sow_statistics(self, collection, query, key, gamma, key_norm_weight, rules) -> None:
         R, N = self.config.num_registers, self.config.num_heads

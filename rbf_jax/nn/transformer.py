@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rbf_jax.nn import cache as caches
 from rbf_jax.nn import losses
 from rbf_jax.nn.attention import Attention
 from rbf_jax.nn.config import TransformerConfig
@@ -49,14 +52,22 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: Sinusoids | None, segment_ids: jax.Array | None
-    ) -> jax.Array:
-        """(B, R+T, D) → (B, R+T, D)."""
+        self,
+        x: jax.Array,
+        angles: Sinusoids | None,
+        segment_ids: jax.Array | None,
+        past: caches.Past | None = None,
+    ) -> Any:
+        """(B, R+T, D) → (B, R+T, D); with a `past`, a pair of it and the cache as it is then."""
         config = self.config
-        normed = Norm(config.dtype, config.num_registers, config.norm, name="attention_norm")(x)
-        x = x + Attention(config, name="attention")(normed, angles, segment_ids)
-        normed = Norm(config.dtype, config.num_registers, config.norm, name="mlp_norm")(x)
-        return x + MLP(config, name="mlp")(normed)
+        in_front = caches.registers_in_front(config, past)
+        normed = Norm(config.dtype, in_front, config.norm, name="attention_norm")(x)
+        attended = Attention(config, name="attention")(normed, angles, segment_ids, past)
+        out, cache = (attended, None) if past is None else attended
+        x = x + out
+        normed = Norm(config.dtype, in_front, config.norm, name="mlp_norm")(x)
+        x = x + MLP(config, name="mlp")(normed)
+        return x if past is None else (x, cache)
 
 
 # Attention's backward pass needs its output and logsumexp, which the operation names; with these
@@ -153,11 +164,100 @@ class CausalLM(nn.Module):
             dtype=self.config.loss_dtype,
         )
 
+    def prefill(
+        self, tokens: jax.Array, lengths: jax.Array, cache: caches.Cache
+    ) -> tuple[jax.Array, caches.Cache]:
+        """Reads prompts of different lengths.
+
+        Args:
+          tokens: int32 (B, P); what comes after a row's length is of no account.
+          lengths: int32 (B,), 1 to P.
+          cache: of `empty_cache`.
+
+        Returns:
+          The logits of what follows each prompt, (B, V) float32, and the cache.
+
+        Raises:
+          ValueError: a shape or dtype is wrong, or P exceeds the cache or the table of learned
+            positions.
+        """
+        config, slots = self.config, caches.num_slots(self.config, cache)
+        x, angles = self._embed(tokens, None)
+        _require_integers("lengths", lengths, tokens.shape[:1])
+        if tokens.shape[1] > slots and not caches.rolls(config, cache, 1):
+            raise ValueError(
+                f"tokens has length {tokens.shape[1]}, but the cache has room for {slots}."
+            )
+        if config.num_registers:
+            x = self.registers(x)
+        x, layers = self._with_cache(x, angles, cache, lambda x: caches.Prompt(x, lengths))
+        last = config.num_registers + lengths - 1
+        x = self.final_norm(jnp.take_along_axis(x, last[:, None, None], axis=1))
+        return losses.logits(x, self._head())[:, 0], caches.Cache(layers, lengths)
+
+    def extend(
+        self, tokens: jax.Array, cache: caches.Cache, counts: jax.Array | None = None
+    ) -> tuple[jax.Array, caches.Cache]:
+        """Reads T more tokens in each row, or as many of them as count.
+
+        No error can be raised for a row that outgrows the cache, or the table of learned positions:
+        its logits are NaN from there on.
+
+        Args:
+          tokens: int32 (B, T); T is small, as attention takes memory for T times the cache's slots.
+          cache: of `prefill` or of this method. Donate it, and nothing is copied.
+          counts: int32 (B,), 0 to T; None for T. Logits beyond are of no account.
+
+        Returns:
+          The logits of each position's next token, (B, T, V) float32, and the cache.
+
+        Raises:
+          ValueError: a shape or dtype is wrong.
+        """
+        if jnp.ndim(tokens) != 2:
+            raise ValueError(f"tokens has shape {jnp.shape(tokens)}, but must be (B, T).")
+        B, T = tokens.shape
+        if counts is None:
+            counts = jnp.full(B, T, jnp.int32)
+        _require_integers("counts", counts, (B,))
+        starts, lengths = cache.lengths, cache.lengths + counts
+        places = starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+        x, angles = self._embed(tokens, places)
+        x, layers = self._with_cache(x, angles, cache, lambda x: caches.Step(x, starts, lengths))
+        logits = losses.logits(self.final_norm(x), self._head())
+        if not caches.rolls(self.config, cache, T):
+            fits = places < caches.num_slots(self.config, cache)
+            logits = jnp.where(fits[..., None], logits, jnp.nan)
+        return logits, caches.Cache(layers, lengths)
+
+    def _with_cache(self, x, angles, cache, past):
+        """All blocks, with `past(layer)` of each layer of the cache."""
+        layers = []
+        for block, layer in zip(self.block, cache.layers, strict=True):
+            x, layer = block(x, angles, None, past(layer))
+            layers.append(layer)
+        return x, tuple(layers)
+
     def _head(self) -> jax.Array:
         return self.embedding.embedding if self.config.tie_embeddings else self.head
 
     def _hidden(self, tokens, positions, segment_ids) -> jax.Array:
         """Returns the normed residual stream behind the last block, (B, T, D)."""
+        config = self.config
+        x, angles = self._embed(tokens, positions)
+        if segment_ids is not None:
+            _require_integers("segment_ids", segment_ids, tokens.shape)
+        if config.num_registers:
+            x = self.registers(x)
+            if collection := statistics_collection(self):
+                register_norm = jnp.linalg.norm(self.registers.embedding)
+                self.sow(collection, "register_norm", register_norm)
+        for block in self.block:
+            x = block(x, angles, segment_ids)
+        return self.final_norm(x[:, config.num_registers :])
+
+    def _embed(self, tokens, positions) -> tuple[jax.Array, Sinusoids | None]:
+        """Returns the residual stream in front of the first block, without registers, (B, T, D)."""
         config = self.config
         if jnp.ndim(tokens) != 2:
             raise ValueError(f"tokens has shape {jnp.shape(tokens)}, but must be (B, T).")
@@ -167,9 +267,6 @@ class CausalLM(nn.Module):
             positions = jnp.arange(T, dtype=jnp.int32)[None]
         else:
             _require_integers("positions", positions, tokens.shape)
-        if segment_ids is not None:
-            _require_integers("segment_ids", segment_ids, tokens.shape)
-
         x = self.embedding(tokens)
         if config.positions == "learned":
             if config.context_length < T:
@@ -181,14 +278,7 @@ class CausalLM(nn.Module):
         angles = None
         if config.positions in ("susie", "rope"):
             angles = sinusoids(positions, config.head_dim)
-        if config.num_registers:
-            x = self.registers(x)
-            if collection := statistics_collection(self):
-                register_norm = jnp.linalg.norm(self.registers.embedding)
-                self.sow(collection, "register_norm", register_norm)
-        for block in self.block:
-            x = block(x, angles, segment_ids)
-        return self.final_norm(x[:, config.num_registers :])
+        return x, angles
 
 
 def _require_integers(name: str, array, shape: tuple[int, ...]) -> None:
