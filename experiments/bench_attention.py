@@ -37,7 +37,7 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments.benchmarks import gpu_command
-from experiments.benchmarks.contenders import forward_and_backward
+from experiments.benchmarks.contenders import forward_and_backward, memory
 from experiments.benchmarks.options import json_file, lengths, positive
 from rbf_jax import environment, rbf_attention
 from rbf_jax.data.files import write_text
@@ -86,11 +86,13 @@ def measure(length: int, options: argparse.Namespace) -> list[Result]:
             arguments = arrays if backward else arrays[:3]
             programs[name, direction] = jax.jit(function).lower(*arguments).compile(), arguments
 
-    memory = {key: _temporary_bytes(program) for key, (program, _) in programs.items()}
+    temporaries = {
+        key: memory(program).temp_size_in_bytes for key, (program, _) in programs.items()
+    }
     runnable = {
         key: program
         for key, program in programs.items()
-        if memory[key] <= options.memory_limit * 2**30
+        if temporaries[key] <= options.memory_limit * 2**30
     }
     times: dict[Any, list[float]] = {key: [] for key in programs}
     for program, arguments in runnable.values():
@@ -102,17 +104,14 @@ def measure(length: int, options: argparse.Namespace) -> list[Result]:
             times[key].append(1e3 * (time.perf_counter() - start))
     return [
         Result(
-            name, length, direction, statistics.median(t) if t else None, memory[name, direction]
+            name,
+            length,
+            direction,
+            statistics.median(t) if t else None,
+            temporaries[name, direction],
         )
         for (name, direction), t in times.items()
     ]
-
-
-def _temporary_bytes(program: jax.stages.Compiled) -> int:
-    analysis = program.memory_analysis()
-    if analysis is None:
-        raise RuntimeError(f"{jax.default_backend()} does not tell what memory a program needs.")
-    return analysis.temp_size_in_bytes
 
 
 def table(results: Sequence[Result], title: str) -> Table:

@@ -14,7 +14,7 @@ the same command goes on. --kept trains nothing and draws from --records alone, 
 made with. Writes DIR/NAME.png, NAME.svg and NAME.json (the numbers), and DIR/report.md; DIR is
 runs/figures/SCALE.
 
-Hardware: --scale=smoke and small: a CPU; paper: a GPU, 10 minutes an H100, two for --figure=positions.
+Hardware: --scale=smoke and small: a CPU; paper: a GPU.
 
 Exit status: 0 all drawn; 1 a variant failed, and what could be drawn was; 2 wrong command;
 143 or 130 stopped by a signal.
@@ -22,6 +22,7 @@ Exit status: 0 all drawn; 1 a variant failed, and what could be drawn was; 2 wro
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -80,14 +81,16 @@ def parse(argv: Sequence[str]) -> tuple[Any, str, flags.FlagValues]:
 
 def _run(base: Any, scale: str, options: flags.FlagValues) -> int:
     # Behind the command line: these imports take seconds.
+    from experiments.figure_runs import Experiment
     from rbf_jax.analysis import claims, variants
-    from rbf_jax.analysis.experiment import Experiment
     from rbf_jax.training import TrainingStopped
 
     figures = claims.named(options.figure)
     plain = base.to_dict()
     needed = {
-        claim.name: variants.variants(claim.config().to_dict(), plain) if claim.config else []
+        claim.name: variants.variants(_trained(claim.trained, scale), plain)
+        if claim.trained
+        else []
         for claim in figures
     }
     seeds = tuple(range(scales.SEEDS[scale]))
@@ -115,6 +118,11 @@ def _run(base: Any, scale: str, options: flags.FlagValues) -> int:
     if absent and not failed:
         print(f"figures: no record of {', '.join(absent)}", file=sys.stderr)
     return 1 if absent else 0
+
+
+def _trained(name: str, scale: str) -> dict[str, Any]:
+    """What configs/figures/NAME.py asks for."""
+    return importlib.import_module(f"configs.figures.{name}").get_config(scale).to_dict()
 
 
 def _fail(message: str, status: int) -> int:

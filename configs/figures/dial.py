@@ -3,8 +3,9 @@
 from ml_collections import ConfigDict
 
 
-def get_config():
-    """Returns what is trained."""
+def get_config(scale: str):
+    """Returns what is trained; the same at every scale."""
+    del scale
     return ConfigDict(
         {
             "space": {

@@ -7,8 +7,9 @@ dot:  the same of 0 and 1 for the dot product with RoPE, to compare.
 from ml_collections import ConfigDict
 
 
-def get_config():
-    """Returns what is trained."""
+def get_config(scale: str):
+    """Returns what is trained; the same at every scale."""
+    del scale
     return ConfigDict(
         {
             "space": {

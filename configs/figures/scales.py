@@ -2,8 +2,8 @@
 
 smoke   seconds a figure, on a CPU: for tests
 small   minutes a figure, on 2 CPU cores: to see the pipeline work, not to learn from
-paper   what docs/results.md is about: about 15 seconds a variant (4 seeds) on an H100; on TinyStories,
-        from tensorflow-datasets unless --base.data.source=text and files say otherwise
+paper   for a GPU; on TinyStories, from tensorflow-datasets unless --base.data.source=text and files
+        say otherwise
 
 Everywhere: RBF attention, SuSiE positions, one register that starts at the origin, unless the space
 of a figure says otherwise; the same learning rate for all.

@@ -131,7 +131,7 @@ def _memory(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.annotate(
                 note,
                 max(sizes.items()),
-                xytext=(5, 4 - 10 * below),
+                xytext=(5, 4 if below else -10),
                 textcoords="offset points",
                 fontsize=7,
                 color=STYLES.get(name, _OTHER).color,

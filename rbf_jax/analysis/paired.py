@@ -105,6 +105,16 @@ def spikes(record: Record) -> np.ndarray:
     return np.where(np.isfinite(losses).all(0), counts, np.nan)
 
 
+def first_steps(record: Record) -> int:
+    """How many steps count as the first: a fifth of all."""
+    return max(len(record.train["step"]) // 5, 4)
+
+
+def largest_gradient_norm(record: Record) -> np.ndarray:
+    """(n,) over the first steps, before clipping; NaN for seeds that diverged there."""
+    return record.train["grad_norm"][: first_steps(record)].max(0)
+
+
 def as_numbers(value: Estimate) -> dict[str, float | int]:
     """For JSON."""
     return dataclasses.asdict(value)

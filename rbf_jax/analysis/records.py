@@ -20,6 +20,7 @@ Columns = Mapping[str, np.ndarray]
 # Digits of the numbers that are kept.
 _DIGITS = 5
 SUFFIX = ".jsonl.xz"
+_SECTIONS = ("train", "inspected", "valid", "lengths", "inside")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +88,13 @@ def write_record(record: Record, path: Path) -> None:
         "tokens": record.tokens,
         "summary": record.summary,
     }
-    with replacing(path) as file, lzma.open(file, "wt", encoding="utf-8") as text:
-        text.write(json.dumps(head) + "\n")
-        for section in ("train", "inspected", "valid", "lengths", "inside"):
-            for column, values in getattr(record, section).items():
-                line = {"section": section, "column": column, "values": _rounded(values)}
-                text.write(json.dumps(line) + "\n")
+    lines: list[dict[str, Any]] = [head]
+    for section in _SECTIONS:
+        for column, values in getattr(record, section).items():
+            lines.append({"section": section, "column": column, "values": _rounded(values)})
+    content = "".join(json.dumps(line) + "\n" for line in lines)
+    with replacing(path) as file:
+        file.write(lzma.compress(content.encode()))
 
 
 def read_record(path: Path) -> Record:
@@ -104,24 +106,36 @@ def read_record(path: Path) -> Record:
     try:
         with lzma.open(path, "rt", encoding="utf-8") as text:
             head, *lines = map(json.loads, text)
-        sections: dict[str, dict[Any, np.ndarray]] = {
-            name: {} for name in ("train", "inspected", "valid", "lengths", "inside")
-        }
+        sections: dict[str, dict[Any, np.ndarray]] = {name: {} for name in _SECTIONS}
         for line in lines:
             key = int(line["column"]) if line["section"] == "lengths" else line["column"]
             sections[line["section"]][key] = _array(line["values"])
         head["seeds"], head["tokens"] = tuple(head["seeds"]), tuple(head["tokens"])
-        return Record(**head, **sections)
+        fields: dict[str, Any] = {**head, **sections}
+        return Record(**fields)
     except (lzma.LZMAError, EOFError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no record: {type(error).__name__}: {error}") from error
 
 
-def identity(config: Mapping[str, Any]) -> str:
-    """The same text for configurations that train the same: not seed, place of files or devices."""
-    config = _portable(config)
+def identity(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The same text for configurations that train the same: not seed, place of files or devices.
+
+    Args:
+      config: of a record, or of a run.
+      defaults: of keys that it lacks, since it was made before they were there.
+    """
+    config = _portable(_completed(config, defaults))
     data = {k: v for k, v in config["data"].items() if k not in ("cache_dir", "num_workers")}
     rest = {k: v for k, v in config.items() if k not in ("data", "mesh", "logging", "seed")}
     return json.dumps({"data": data, **rest}, sort_keys=True)
+
+
+def _completed(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    found = {**defaults, **config}
+    for key, value in defaults.items():
+        if isinstance(value, Mapping) and isinstance(config.get(key), Mapping):
+            found[key] = _completed(config[key], value)
+    return found
 
 
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from rbf_jax.analysis.attention_profile import save
-from rbf_jax.analysis.claims import choices, inside, operation, training
+from rbf_jax.analysis.claims import choices, inside, operation, training, verdicts
 from rbf_jax.analysis.records import Record
 from rbf_jax.analysis.variants import Variant
 from rbf_jax.data.files import write_text
@@ -29,7 +28,7 @@ class Claim:
     Attributes:
       name: of its files.
       title: in reports.
-      trained: module of configs/figures that says what it needs, or "".
+      trained: the file of configs/figures that says what it needs trained; "" for nothing.
       draw: from the records that are there, in the order of that file.
     """
 
@@ -37,13 +36,6 @@ class Claim:
     title: str
     trained: str
     draw: Draw
-
-    @property
-    def config(self) -> Callable[[], Any] | None:
-        """Returns what it needs trained; None where nothing is."""
-        if not self.trained:
-            return None
-        return importlib.import_module(f"configs.figures.{self.trained}").get_config
 
 
 FIGURES = {
@@ -59,6 +51,7 @@ FIGURES = {
         Claim("sensitivity", "The learning rate", "learning_rate", training.sensitivity),
         Claim("dial", "From dot product to RBF", "dial", choices.dial),
         Claim("profile", "Time and memory of the operation", "", operation.profile),
+        Claim("layer_profile", "Time and memory of the layer", "", operation.layer_profile),
         Claim("memory", "Memory against T", "", operation.memory),
     )
 }
@@ -92,7 +85,7 @@ def write(
     out: Path,
     command: str,
 ) -> None:
-    """Draws; writes NAME.png, NAME.svg, NAME.json and report.md into `out`.
+    """Draws; writes NAME.png, NAME.svg, NAME.json, verdicts.json and report.md into `out`.
 
     Args:
       claims: the figures.
@@ -102,7 +95,8 @@ def write(
       out: the folder.
       command: that leads here.
     """
-    lines = ["# Figures", "", f"`{command}`", "", *_machine(found), ""]
+    lines: list[str] = []
+    numbers_of: dict[str, Any] = {}
     for claim in claims:
         lines += [f"## {claim.title}", ""]
         variants = needed[claim.name]
@@ -119,25 +113,33 @@ def write(
             lines += [f"Not drawn: {error}", ""]
             continue
         save(drawn, out / claim.name)
-        write_text(out / f"{claim.name}.json", json.dumps(_jsonable(numbers), indent=1) + "\n")
+        numbers_of[claim.name] = numbers
+        _write_json(out / f"{claim.name}.json", numbers)
         lines += [
             f"![{claim.title}]({claim.name}.png)",
             "",
             f"[as vectors]({claim.name}.svg), [numbers]({claim.name}.json)",
             "",
         ]
-    write_text(out / "report.md", "\n".join(lines).rstrip() + "\n")
+    judged = verdicts.verdicts(numbers_of)
+    _write_json(out / "verdicts.json", [dataclasses.asdict(v) for v in judged])
+    head = ["# Figures", "", f"`{command}`", "", *_machine(found), "", verdicts.table(judged)]
+    write_text(out / "report.md", "\n".join([*head, *lines]).rstrip() + "\n")
 
 
 def _machine(found: Mapping[str, Record]) -> list[str]:
     """On what the records were made: one line each machine, versions and number of seeds."""
-    said = {}
+    said: dict[str, set[str]] = {}
     for record in found.values():
         summary = record.summary
         versions = ", ".join(f"{k} {v}" for k, v in summary["versions"].items())
         text = f"{summary['device']}; {versions}; seeds {', '.join(map(str, record.seeds))}"
         said.setdefault(text, set()).add(summary["date"][:10])
     return [f"* {text}; {', '.join(sorted(dates))}" for text, dates in said.items()]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(_jsonable(content), indent=1) + "\n")
 
 
 def _jsonable(value: Any) -> Any:

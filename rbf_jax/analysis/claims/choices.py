@@ -10,14 +10,23 @@ from matplotlib.figure import Figure
 
 from rbf_jax.analysis import paired
 from rbf_jax.analysis.claims import panels
-from rbf_jax.analysis.claims.panels import figure, forest, kind, line_style, styled, the, where
+from rbf_jax.analysis.claims.panels import (
+    figure,
+    forest,
+    kind,
+    legend_above,
+    line_style,
+    styled,
+    the,
+    where,
+)
 from rbf_jax.analysis.records import Record
 
 
 @styled
 def registers(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     """Loss, spikes, and the attention that registers, sink and first token take."""
-    made, axes = figure(1, 3, height=3.4)
+    made, axes = figure(1, 3, height=3.6)
     labels = [_registers(record) for record in records]
     styles = [line_style(record) for record in records]
     reference = {
@@ -43,14 +52,16 @@ def registers(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             masses[name],
             left=left,
             color=color,
-            label=name.split("_mass")[0].replace("_", " "),
+            label={"register": "registers", "sink": "origin sink", "first_token": "first token"}[
+                name.removesuffix("_mass")
+            ],
         )
         left = left + np.nan_to_num(masses[name])
-    axes[0, 2].set_ylim(len(records) - 0.5, -0.5)
-    axes[0, 2].legend(fontsize=6.5, loc="lower right")
-    axes[0, 0].set(title="Final loss less that of 1, zero", xlabel="nats; 95 % interval, paired")
+    panels.rows(axes[0, 2], labels)
+    legend_above(made, axes[0, 2], columns=3)
+    axes[0, 0].set(title="Loss less 1, zero's", xlabel="nats; 95 % interval, paired")
     axes[0, 1].set(title="Spikes", xlabel=f"steps {paired.SPIKE_NATS} nats up")
-    axes[0, 2].set(title="Attention they take", xlabel="mean weight, all layers and heads")
+    axes[0, 2].set(title="Attention they take", xlabel="mean weight")
     for axis in axes[0, 1:]:
         axis.set_yticks(rows, [""] * len(records))
     numbers: dict[str, Any] = {}
@@ -83,10 +94,9 @@ def positions(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
                 label=kind(pair[index]) if row == 0 else None,
             )
     names = [panels.positions(a) for a, _ in shown]
-    axes[0, 0].set_yticks(range(len(shown)), names)
-    axes[0, 0].set_ylim(len(shown) - 0.5, -0.5)
+    panels.rows(axes[0, 0], names)
     if shown:
-        axes[0, 0].legend(fontsize=7)
+        legend_above(made, axes[0, 0], columns=2)
     forest(
         axes[0, 1],
         names,
@@ -98,12 +108,11 @@ def positions(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     numbers: dict[str, Any] = {}
     for a, b in shown:
         numbers |= panels.result_numbers([a], b) | panels.result_numbers([b], None)
-    susie = the(records, kind="rbf", positions="susie")
-    if susie is not None:
-        for record in where(records, kind="rbf"):
-            if record is not susie:
-                value = paired.difference(record, susie)
-                numbers[record.name]["less_susie"] = paired.as_numbers(value)
+    for name, positions, key in (("rbf", "susie", "less_susie"), ("dot", "rope", "less_rope")):
+        reference = the(records, kind=name, positions=positions)
+        for record in where(records, kind=name):
+            if reference is not None and record is not reference and record.name in numbers:
+                numbers[record.name][key] = paired.as_numbers(paired.difference(record, reference))
     return made, numbers
 
 
@@ -169,7 +178,7 @@ def dial(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             [paired.difference(r, base) for r in rows],
             [line_style(r) for r in rows],
         )
-    axes[0, 0].set(title="Final loss less that of λ = 1", xlabel="nats; 95 % interval, paired")
+    axes[0, 0].set(title="Final loss less λ = 1's", xlabel="nats; 95 % interval, paired")
     labels, values = [], []
     for record in learned:
         attention = record.config["model"]["attention"]
@@ -189,9 +198,8 @@ def dial(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
                 markersize=3,
                 color=str(0.1 + 0.6 * layer / array.shape[1]),
             )
-    axes[0, 1].set_yticks(range(len(labels)), labels)
-    axes[0, 1].set_ylim(len(labels) - 0.5, -0.5)
-    axes[0, 1].set(title="Where they end, by layer (first on top)", xlabel="heads of all seeds")
+    panels.rows(axes[0, 1], labels)
+    axes[0, 1].set(title="Where they end", xlabel="heads of all seeds; first layer on top")
     numbers = panels.result_numbers(rows, base)
     for record in learned:
         for name in ("key_norm_weight", "gamma"):

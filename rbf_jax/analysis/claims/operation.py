@@ -8,19 +8,86 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from rbf_jax.analysis.attention_profile import profile_figure
-from rbf_jax.analysis.claims.panels import figure, styled
+from rbf_jax.analysis.attention_profile import STYLES, profile_figure
+from rbf_jax.analysis.claims.panels import figure, legend_above, styled
 from rbf_jax.analysis.style import PALETTE
 
 PROFILE = Path("docs/measurements/bench_attention_gpu.json")
 MEMORY = Path("docs/measurements/bench_attention_gpu_memory.json")
+# On a GPU, else on a CPU.
+LAYER = (
+    Path("docs/measurements/bench_layer_gpu.json"),
+    Path("docs/measurements/bench_layer_cpu.json"),
+)
+
+_LAYERS = {
+    "dot product, RoPE": PALETTE["dot product"],
+    "dot product, SuSiE": PALETTE["dot product, RBF's scale"],
+    "RBF, RoPE": PALETTE["RBF + QK-norm"],
+    "RBF, SuSiE": PALETTE["RBF"],
+    "RBF, SuSiE, 1 register": PALETTE["RBF, dial"],
+}
 
 
 def profile(_: Any) -> tuple[Figure, dict[str, Any]]:
-    """Time and memory against T."""
+    """Time and memory of the operation against T."""
     content = json.loads(PROFILE.read_text())
+    content["memory"] = json.loads(MEMORY.read_text())["memory"]
     rows = [r for r in content["results"] if r["head_dim"] == 64 and r["causal"]]
     return profile_figure(content), {"file": str(PROFILE), "results": rows}
+
+
+def layer() -> tuple[Path, dict[str, Any]]:
+    """The file of the layer's benchmark that there is, and its content.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    for path in LAYER:
+        if path.is_file():
+            return path, json.loads(path.read_text())
+    raise FileNotFoundError(
+        f"none of {', '.join(map(str, LAYER))}: python -m experiments.bench_layer"
+    )
+
+
+@styled
+def layer_profile(_: Any) -> tuple[Figure, dict[str, Any]]:
+    """Time and memory of the attention layer, by attention and positions, against T."""
+    path, content = layer()
+    made, axes = figure(1, 3, height=3.0)
+    panels = (
+        ("forward", "milliseconds", 1, "Forward", "ms"),
+        ("forward+backward", "milliseconds", 1, "Forward + backward", "ms"),
+        ("forward+backward", "temporary_bytes", 2**20, "Memory", "temporaries, MiB"),
+    )
+    for axis, (direction, key, unit, title, ylabel) in zip(axes[0], panels):
+        for name, look in _LAYERS.items():
+            rows = [
+                r
+                for r in content["results"]
+                if (r["implementation"], r["direction"]) == (name, direction)
+            ]
+            axis.plot(
+                [r["length"] for r in rows],
+                [r[key] / unit for r in rows],
+                color=look.color,
+                linestyle=look.linestyle,
+                marker=look.marker,
+                markersize=4,
+                label=name,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set(title=title, xlabel="T", ylabel=ylabel)
+    legend_above(made, axes[0, 0], columns=3)
+    settings = content["settings"]
+    made.supxlabel(
+        f"B·T = {settings['tokens']:,}, D {settings['d_model']}, N {settings['heads']}, "
+        f"{settings['dtype']}; {content['device']}, {content['date'][:10]}",
+        fontsize=6.5,
+    )
+    return made, {"file": str(path), "results": content["results"]}
 
 
 @styled
@@ -30,37 +97,33 @@ def memory(_: Any) -> tuple[Figure, dict[str, Any]]:
     made, axes = figure(1, 1, width=5.4, height=3.4)
     axis = axes[0, 0]
     limit = max(row["bytes_limit"] for row in content["memory"] if row["bytes_limit"])
-    looks = {
-        "RBF reference": ("RBF, naive", "0.45", (0, (2, 1)), "x"),
-        "dot product, jax.nn xla": (
-            "dot product, jax.nn xla",
-            PALETTE["dot product"].color,
-            PALETTE["dot product"].linestyle,
-            "s",
-        ),
-        "RBF xla": ("RBF, reformulated (xla)", "#5b9bd5", (0, (5, 1.5)), "^"),
-        "RBF triton": ("RBF, fused (triton)", PALETTE["RBF"].color, "-", "o"),
+    labels = {
+        "RBF reference": "RBF, naive",
+        "dot product, jax.nn xla": "dot product, jax.nn xla",
+        "RBF xla": "RBF, reformulated (xla)",
+        "RBF triton": "RBF, fused (triton)",
     }
-    for name, (label, color, line, marker) in looks.items():
+    for name, label in labels.items():
+        look = STYLES[name]
         rows = [r for r in content["memory"] if r["implementation"] == name]
         kept = [r for r in rows if r.get("temporary_bytes") and not r["runs_out"]]
         axis.plot(
             [r["length"] for r in kept],
             [r["temporary_bytes"] / 2**30 for r in kept],
-            color=color,
-            linestyle=line,
-            marker=marker,
+            color=look.color,
+            linestyle=look.linestyle,
+            marker=look.marker,
             label=label,
         )
         if out := [r for r in rows if r.get("error") or r["runs_out"]]:
-            axis.plot(out[0]["length"], limit / 2**30, marker="X", color=color, markersize=8)
+            axis.plot(out[0]["length"], limit / 2**30, marker="X", color=look.color, markersize=8)
             axis.annotate(
                 f"out at {out[0]['length']:,}",
                 (out[0]["length"], limit / 2**30),
                 xytext=(6, -12 if "naive" in label else 6),
                 textcoords="offset points",
                 fontsize=6.5,
-                color=color,
+                color=look.color,
             )
     axis.axhline(limit / 2**30, color="0.4", linewidth=0.8)
     axis.set_xscale("log", base=2)

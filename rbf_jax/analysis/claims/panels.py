@@ -39,6 +39,13 @@ def figure(rows: int, columns: int, width: float = 7.2, height: float = 2.6) -> 
     return made, made.subplots(rows, columns, squeeze=False)
 
 
+def legend_above(made: Figure, axes: Axes, columns: int) -> None:
+    """One legend for all panels, above them, of what one of them shows."""
+    made.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=7
+    )
+
+
 def kind(record: Record) -> str:
     """RBF, dot product, …: the key of the palette."""
     return variant(record.config)
@@ -83,6 +90,12 @@ def band(axes: Axes, x: np.ndarray, y: np.ndarray, style: LineStyle, label: str)
     axes.fill_between(x, y.min(1), y.max(1), color=style.color, alpha=0.18, linewidth=0)
 
 
+def rows(axes: Axes, labels: Sequence[str]) -> None:
+    """A row for each label, the first on top."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(max(len(labels), 1) - 0.5, -0.5)
+
+
 def forest(
     axes: Axes,
     labels: Sequence[str],
@@ -110,8 +123,7 @@ def forest(
             )
     if zero:
         axes.axvline(0, color="0.4", linewidth=0.8, zorder=0)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
+    rows(axes, labels)
     axes.grid(axis="y", visible=False)
 
 

@@ -15,6 +15,7 @@ from rbf_jax.analysis.claims.panels import (
     figure,
     forest,
     kind,
+    legend_above,
     line_style,
     styled,
     the,
@@ -44,8 +45,8 @@ def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             axis.set_ylim(min(ends) - 0.05 * span, max(starts) + 0.1 * span)
         axis.set_ylabel("loss, nats per token")
     axes[0, 0].set(title="Validation, SuSiE for all", xlabel="step")
-    axes[0, 0].legend(fontsize=6.5)
-    axes[0, 1].set(title="The same by time", xlabel="seconds of training, all seeds at once")
+    legend_above(made, axes[0, 0], columns=3)
+    axes[0, 1].set(title="The same by time", xlabel="seconds of training, all seeds")
     axes[1, 0].set(title="Training, smoothed", xlabel="step")
     rows = []
     for positions in ("susie", "rope"):
@@ -65,7 +66,7 @@ def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
         rows.append((ours, twin))
     labels = [f"{kind(a)}, {panels.positions(a)}" for a, _ in rows]
     if twin is not None and ours is not None:
-        labels[-1] = "RBF, as the original's twins"
+        labels[-1] = "RBF, original's twins"
     forest(
         axes[1, 1],
         labels,
@@ -73,8 +74,8 @@ def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
         [line_style(a) for a, _ in rows],
     )
     axes[1, 1].set(
-        title="Less the dot product of the same positions",
-        xlabel="final validation loss, nats; 95 % interval, paired",
+        title="Less the dot product's",
+        xlabel="nats; 95 % interval, paired",
     )
     numbers: dict[str, Any] = {}
     for record, reference in rows:
@@ -92,25 +93,34 @@ def stability(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     made, axes = figure(max(len(shown), 1), 3, height=2.2)
     numbers: dict[str, Any] = {}
     for row, rate in enumerate(shown):
-        group = [r for r in records if r.config["optimizer"]["learning_rate"] == rate]
-        for record in group:
-            first = max(len(record.train["step"]) // 5, 4)
+        for record in (r for r in records if _rate(r) == rate):
+            first = paired.first_steps(record)
             some = max(len(record.inspected["step"]) // 5, 2)
             style, name = line_style(record), kind(record)
             step, seen = record.train["step"][:first], record.inspected["step"][:some]
             band(axes[row, 0], step, record.train["loss"][:first], style, name)
             band(axes[row, 1], step, record.train["grad_norm"][:first], style, "")
             band(axes[row, 2], seen, record.inspected["logit_max"][:some], style, "")
-            numbers[record.name] = {
-                "largest_gradient_norm": _largest(record.train["grad_norm"][:first]),
-                "median_gradient_norm": _median(record.train["grad_norm"][:first]),
-                "largest_logit": _largest(record.inspected["logit_max"]),
-                "steps": int(first),
-            }
         axes[row, 0].set(title=f"Loss, learning rate {rate:g}", xlabel="step", ylabel="nats")
         axes[row, 1].set(title="Gradient norm", xlabel="step", yscale="log")
         axes[row, 2].set(title="Largest logit", xlabel="step")
-        axes[row, 0].legend(fontsize=6.5)
+    if shown:
+        legend_above(made, axes[0, 0], columns=4)
+    for rate in rates:
+        group = [r for r in records if _rate(r) == rate]
+        dot = the(group, kind="dot", dot_scale="standard", qk_norm=False)
+        for record in group:
+            largest = paired.largest_gradient_norm(record)
+            numbers[record.name] = {
+                "largest_gradient_norm": paired.as_numbers(paired.estimate(largest)),
+                "largest_logit": _largest(record.inspected["logit_max"]),
+                "steps": paired.first_steps(record),
+            }
+            if dot is not None and kind(record) == "RBF":
+                ratio = np.log(largest / paired.largest_gradient_norm(dot))
+                numbers[record.name]["log_gradient_less_dot"] = paired.as_numbers(
+                    paired.estimate(ratio)
+                )
     return made, numbers
 
 
@@ -122,9 +132,10 @@ def sensitivity(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     for record in records:
         kinds.setdefault(kind(record), []).append(record)
     numbers: dict[str, Any] = {}
+    best_of: dict[str, Record] = {}
     for name, group in kinds.items():
-        group = sorted(group, key=lambda r: r.config["optimizer"]["learning_rate"])
-        rates = np.array([r.config["optimizer"]["learning_rate"] for r in group])
+        group = sorted(group, key=_rate)
+        rates = np.array([_rate(r) for r in group])
         style = line_style(group[0])
         for axis, values in (
             (axes[0, 0], [paired.loss(r) for r in group]),
@@ -146,6 +157,7 @@ def sensitivity(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
         ends = np.array([paired.estimate(paired.loss(r)).mean for r in group])
         if np.isfinite(ends).any():
             best = int(np.nanargmin(ends))
+            best_of[name] = group[best]
             # Wortsman et al., arXiv:2309.14322: how much is lost on average over the grid.
             numbers[name] = {
                 "best_rate": float(rates[best]),
@@ -154,11 +166,15 @@ def sensitivity(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
                 "diverged": int(sum(paired.estimate(paired.loss(r)).missing for r in group)),
                 "by_rate": {f"{rate:g}": float(end) for rate, end in zip(rates, ends)},
             }
+    for name in numbers:
+        if "dot product" in best_of and name != "dot product":
+            value = paired.difference(best_of[name], best_of["dot product"])
+            numbers[name]["best_less_dot"] = paired.as_numbers(value)
     axes[0, 0].set(title="Final validation loss", ylabel="nats per token")
     axes[0, 1].set(title=f"Spikes of {paired.SPIKE_NATS} nats", ylabel="steps")
     for axis in axes.flat:
         axis.set(xscale="log", xlabel="learning rate")
-    axes[0, 0].legend(fontsize=7)
+    legend_above(made, axes[0, 0], columns=4)
     return made, numbers
 
 
@@ -166,5 +182,5 @@ def _largest(values: np.ndarray) -> float:
     return float(np.nanmax(values)) if np.isfinite(values).any() else float("nan")
 
 
-def _median(values: np.ndarray) -> float:
-    return float(np.nanmedian(values)) if np.isfinite(values).any() else float("nan")
+def _rate(record: Record) -> float:
+    return record.config["optimizer"]["learning_rate"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import json
 import logging
 import threading
@@ -15,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from configs import base as schema
 from rbf_jax.analysis import records
 from rbf_jax.analysis.diagnostics import diagnose
 from rbf_jax.analysis.records import Record
@@ -51,17 +54,24 @@ class Experiment:
 
     def find(self, variant: Variant) -> Record | None:
         """The record of a variant, if one of the very same configuration and seeds is there."""
-        wanted = records.identity(_plain(self.config(variant)))
+        config = _plain(self.config(variant))
+        wanted = records.identity(config, config)
         for folder in (self.out / "records", self.kept):
             path = folder / f"{variant.name}{records.SUFFIX}" if folder else None
             if path is None or not path.is_file():
                 continue
             record = records.read_record(path)
-            if (records.identity(record.config), record.seeds) == (wanted, self.seeds):
-                if self._lengths(variant) <= set(record.lengths):
-                    return record
+            own = records.identity(record.config, self._schema)
+            has_lengths = self._lengths(variant) <= set(record.lengths)
+            if (own, record.seeds) == (wanted, self.seeds) and has_lengths:
+                return record
             logger.info("%s is of another configuration and is not used.", path)
         return None
+
+    @functools.cached_property
+    def _schema(self) -> Mapping[str, Any]:
+        """Every key with its default."""
+        return _plain(schema.get_config())
 
     def find_kept(self, variant: Variant) -> Record | None:
         """The kept record of a variant by its name, whatever it was trained on."""
@@ -122,12 +132,11 @@ class Experiment:
     ) -> Iterator[tuple[Variant, futures.Future]]:
         """Yields variants with what will be their texts and programs."""
         texts: dict[str, ensemble.Texts] = {}
-        pending = []
-        for variant in variants:
-            pending.append((variant, pool.submit(self._prepare, variant, texts)))
-        for position, item in enumerate(pending):
-            yield item
-            pending[position] = None  # Programs take memory.
+        pending = collections.deque(
+            (variant, pool.submit(self._prepare, variant, texts)) for variant in variants
+        )
+        while pending:
+            yield pending.popleft()  # Programs take memory: none is held that has run.
 
     def _prepare(self, variant: Variant, texts: dict[str, ensemble.Texts]) -> Any:
         config = self.config(variant)

@@ -1,0 +1,141 @@
+"""Figures of the claims, drawn from records that no training made."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+from matplotlib.colors import same_color
+
+from configs.figures import scales
+from rbf_jax.analysis import claims, paired, variants
+from rbf_jax.analysis.claims import operation
+from rbf_jax.analysis.style import PALETTE
+from tests.analysis.synthetic_records import make_records
+
+BASE = scales.get_config("smoke").to_dict()
+TRAINED = [claim for claim in claims.FIGURES.values() if claim.trained]
+
+
+def needed(claim):
+    figure = importlib.import_module(f"configs.figures.{claim.trained}").get_config("paper")
+    return variants.variants(figure.to_dict(), BASE)
+
+
+@pytest.mark.parametrize("claim", TRAINED, ids=lambda claim: claim.name)
+def test_every_variant_is_in_the_numbers_of_its_figure(claim, tmp_path):
+    records = make_records(needed(claim), tmp_path)
+    made, numbers = claim.draw(list(records.values()))
+    made.savefig(tmp_path / "figure.png")
+    text = json.dumps(claims._jsonable(numbers))
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    if claim.name in ("registers", "positions", "dial", "stability"):
+        assert numbers.keys() == records.keys()
+
+
+@pytest.mark.parametrize("claim", TRAINED, ids=lambda claim: claim.name)
+def test_seeds_that_diverge_and_variants_that_lack_do_not_stop_a_figure(claim, tmp_path):
+    every = needed(claim)
+    some, lost = every[: max(2, len(every) // 2)], every[1].name
+    records = make_records(some, tmp_path, **{lost: {"diverged": (0, 1, 2, 3)}})
+    made, _ = claim.draw(list(records.values()))
+    made.savefig(tmp_path / "figure.png")
+
+
+def test_differences_are_those_of_the_records(tmp_path):
+    records = make_records(
+        needed(claims.FIGURES["registers"]), tmp_path, **{"num_registers=0": {"offset": 0.07}}
+    )
+    _, numbers = claims.FIGURES["registers"].draw(list(records.values()))
+    found = numbers["num_registers=0"]
+    assert found["reference"] == "base"
+    assert found["final_difference"]["mean"] == pytest.approx(0.07)
+    mass = records["num_registers=0"].inside["first_token_mass"].mean()
+    assert found["first_token_mass"] == pytest.approx(mass)
+
+
+def test_variants_have_their_colours_everywhere(tmp_path):
+    for name in ("loss_curves", "sensitivity"):
+        claim = claims.FIGURES[name]
+        made, _ = claim.draw(list(make_records(needed(claim), tmp_path).values()))
+        (legend,) = made.legends
+        for text, line in zip(legend.get_texts(), legend.get_lines()):
+            assert same_color(line.get_color(), PALETTE[text.get_text()].color)
+
+
+def test_sensitivity_compares_each_at_its_best_rate(tmp_path):
+    claim = claims.FIGURES["sensitivity"]
+    changes = {
+        "final_learning_rate=0.0001,learning_rate=0.01": {"offset": -0.2},
+        "kind=dot,final_learning_rate=3e-06,learning_rate=0.0003": {"offset": -0.1},
+        "kind=dot,final_learning_rate=0.0003,learning_rate=0.03": {"diverged": (0, 1)},
+    }
+    records = make_records(needed(claim), tmp_path, **changes)
+    assert changes.keys() <= records.keys()
+    _, numbers = claim.draw(list(records.values()))
+    assert numbers["RBF"]["best_rate"] == 0.01
+    assert numbers["dot product"]["best_rate"] == 3e-4
+    assert numbers["RBF"]["best_less_dot"]["mean"] == pytest.approx(-0.1)
+    assert numbers["dot product"]["diverged"] == 2
+
+
+def test_stability_compares_first_gradients_by_rate(tmp_path):
+    claim = claims.FIGURES["stability"]
+    records = make_records(needed(claim), tmp_path)
+    for record in records.values():
+        if record.config["model"]["attention"]["kind"] == "rbf":
+            record.train["grad_norm"][3] = 10.0
+        else:
+            record.train["grad_norm"][3] = 20.0
+    _, numbers = claim.draw(list(records.values()))
+    ratios = [n["log_gradient_less_dot"] for n in numbers.values() if "log_gradient_less_dot" in n]
+    assert len(ratios) == 5
+    assert all(np.exp(r["mean"]) == pytest.approx(0.5) for r in ratios)
+
+
+def test_maps_mark_the_registers(tmp_path):
+    claim = claims.FIGURES["attention_maps"]
+    records = make_records(needed(claim), tmp_path)
+    made, numbers = claim.draw(list(records.values()))
+    maps = [axis for axis in made.axes if axis.images]
+    assert len(maps) == 2 * 2 * 2  # models, layers, heads
+    assert all([line.get_xdata()[0] for line in axis.lines] == [0.5] for axis in maps)
+    assert len(numbers) == 2
+
+
+def test_figures_of_the_operation_are_drawn_from_the_kept_files():
+    for name in ("profile", "memory", "layer_profile"):
+        made, numbers = claims.FIGURES[name].draw([])
+        assert made.axes
+        assert numbers["file"].startswith("docs/measurements/")
+
+
+def test_without_its_file_a_figure_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(operation, "LAYER", (tmp_path / "none.json",))
+    claims.write([claims.FIGURES["layer_profile"]], {"layer_profile": []}, {}, {}, tmp_path, "x")
+    report = (tmp_path / "report.md").read_text()
+    assert "Not drawn: none of" in report
+    assert not (tmp_path / "layer_profile.png").exists()
+
+
+def test_report_names_what_is_missing_and_why(tmp_path):
+    claim = claims.FIGURES["dial"]
+    every = needed(claim)
+    records = make_records(every[:-2], tmp_path)
+    reasons = {every[-1].name: "it did not work"}
+    claims.write([claim], {"dial": every}, records, reasons, tmp_path, "the command")
+    report = (tmp_path / "report.md").read_text()
+    assert f"Missing: {every[-2].name}: no record; {every[-1].name}: it did not work" in report
+    assert "`the command`" in report
+    assert {p.name for p in tmp_path.iterdir()} >= {"dial.png", "dial.svg", "dial.json"}
+    numbers = json.loads((tmp_path / "dial.json").read_text())
+    expected = paired.as_numbers(paired.estimate(paired.loss(records["base"])))
+    assert numbers["base"]["final_loss"] == pytest.approx(expected)
+
+
+def test_names_of_figures():
+    assert len(claims.named("all")) == len(claims.FIGURES)
+    assert [c.name for c in claims.named("dial,memory")] == ["dial", "memory"]
+    with pytest.raises(ValueError, match="did you mean 'registers'"):
+        claims.named("register")
