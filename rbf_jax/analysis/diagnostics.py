@@ -108,13 +108,15 @@ def diagnose(model: nn.Module, params: Any, batch: Mapping[str, jax.Array]) -> d
     * register_mass, sink_mass, first_token_mass (L, N): mean weight on the registers, on the origin
       sink, and on the first token of the document, which dot-product models make a sink.
     * distance (L, N): mean |i − j| in tokens, over text keys, weighted by attention.
-    * key_norm_quantiles (L, 9): ‖k‖ of text, at `QUANTILES`.
-    * register_key_norm (L, R): ‖k‖, mean over heads.
+    * key_norm_quantiles, value_norm_quantiles (L, 9): ‖k‖, ‖v‖ of text, at `QUANTILES`.
+    * register_key_norm, register_value_norm (L, R): mean over heads.
+    * first_token_key_norm, first_token_value_norm (L,): mean over documents and heads.
     * sink_value_norm (L,): mean ‖v‖ of registers, or of first tokens where there are none, over
       the mean ‖v‖ of the other text.
     * gamma, key_norm_weight (L, N).
-    * gated (L,): share of rows that are too far below the bound γ‖q‖²/λ for the Triton kernel to
-      measure logits from it (`rbf_jax.ops.triton.gate`); 1 for dot products, which have none.
+    * gated_by_head (L, N): share of rows that are too far below the bound γ‖q‖²/λ for the Triton
+      kernel to measure logits from it (`rbf_jax.ops.triton.gate`); 1 for dot products, which have
+      none. gated (L,): the mean over heads.
     * attention_map (L, N, M, R + M): weights of the first row's first M = 48 tokens.
 
     Args:
@@ -153,22 +155,33 @@ def diagnose(model: nn.Module, params: Any, batch: Mapping[str, jax.Array]) -> d
     text = weights[..., R:]
     T = text.shape[-1]
     apart = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(T)).astype(text.dtype)
-    norms = jnp.where(is_text[..., None], sown["key_norms"][:, :, R:], jnp.nan)
+    gated = over_rows(_gated(sown["bound"], sown["bound_gap"], model.config.attention.origin_sink))
     return {
         "entropy": over_rows(-xlogy(weights, weights).sum(-1) - xlogy(sink, sink)),
         "register_mass": over_rows(weights[..., :R].sum(-1)),
         "sink_mass": over_rows(sink),
         "first_token_mass": over_rows(jnp.sum(text, -1, where=is_first[None, :, None, None])),
         "distance": over_rows((text * apart).sum(-1)) / over_rows(text.sum(-1)),
-        "key_norm_quantiles": jnp.nanquantile(
-            norms.reshape(len(layers), -1), jnp.array(QUANTILES), axis=1
-        ).T,
-        "register_key_norm": sown["key_norms"][:, 0, :R].mean(-1),
+        **_norm_statistics("key", sown["key_norms"], R, is_text, is_first),
+        **_norm_statistics("value", sown["value_norms"], R, is_text, is_first),
         "sink_value_norm": _sink_value_norm(sown["value_norms"], R, is_text, is_first),
         "gamma": sown["gamma"],
         "key_norm_weight": sown["key_norm_weight"],
-        "gated": over_rows(_gated(sown["bound"], sown["bound_gap"])).mean(-1),
+        "gated": gated.mean(-1),
+        "gated_by_head": gated,
         "attention_map": weights[:, 0, :, :MAP_TOKENS, : R + MAP_TOKENS],
+    }
+
+
+def _norm_statistics(name, norms, num_registers, is_text, is_first) -> dict[str, jax.Array]:
+    """(L, B, R + T, K) → what `diagnose` says of the norms of keys or values."""
+    text = norms[:, :, num_registers:]
+    known = jnp.where(is_text[..., None], text, jnp.nan).reshape(len(norms), -1)
+    return {
+        f"{name}_norm_quantiles": jnp.nanquantile(known, jnp.array(QUANTILES), axis=1).T,
+        # Registers see nothing but each other: they are the same in every row.
+        f"register_{name}_norm": norms[:, 0, :num_registers].mean(-1),
+        f"first_token_{name}_norm": jnp.mean(text, (1, 2, 3), where=is_first[None, ..., None]),
     }
 
 
@@ -184,8 +197,10 @@ def _sink_value_norm(norms, num_registers, is_text, is_first) -> jax.Array:
     return mean(is_first) / mean(is_text & ~is_first)
 
 
-def _gated(bounds, gaps) -> jax.Array:
+def _gated(bounds, gaps, origin_sink) -> jax.Array:
     """1 where the forward kernel would not trust the bound of a row, else 0."""
+    if origin_sink:  # A key of logit 0, which the kernel's sums have and the gaps have not.
+        gaps = bounds - jnp.logaddexp(bounds - gaps, 0)
     farthest = (gate.HEADROOM - math.log2(gate.SMALLEST_SUM)) * math.log(2)
     return (gaps > farthest) | (bounds > gate.LARGEST_REFERENCE * math.log(2))
 

@@ -125,6 +125,9 @@ def test_diagnoses_are_those_of_what_is_seen(numbers, seen, batch):
     np.testing.assert_allclose(
         numbers["register_key_norm"], seen.register_key_norms[:, 0].mean(-1), rtol=1e-5
     )
+    np.testing.assert_allclose(
+        numbers["first_token_key_norm"], seen.text_key_norms[:, :, 0].mean((1, 2)), rtol=1e-5
+    )
     M = min(LENGTH, 48)
     np.testing.assert_allclose(
         numbers["attention_map"], weights[:, 0, :, :M, : R + M], rtol=1e-4, atol=1e-6
@@ -134,15 +137,54 @@ def test_diagnoses_are_those_of_what_is_seen(numbers, seen, batch):
     assert (numbers["sink_value_norm"] > 0).all()
 
 
+def test_norms_of_values(numbers, batch):
+    model, variables = small_model()
+    _, state = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))(
+        variables, **batch
+    )
+    for layer in range(L):
+        sown = state["intermediates"][f"block_{layer}"]["attention"]["value_norms"][0]
+        registers, text = sown[0, :R].mean(-1), sown[:, R:]
+        np.testing.assert_allclose(numbers["register_value_norm"][layer], registers, rtol=1e-4)
+        known = text[batch["segment_ids"] > 0].ravel()
+        np.testing.assert_allclose(
+            numbers["value_norm_quantiles"][layer], np.quantile(known, QUANTILES), rtol=1e-4
+        )
+        np.testing.assert_allclose(
+            numbers["first_token_value_norm"][layer], text[:, 0].mean(), rtol=1e-4
+        )
+        np.testing.assert_allclose(
+            numbers["sink_value_norm"][layer], registers.mean() / known.mean(), rtol=1e-4
+        )
+
+
 def test_far_keys_are_gated(batch):
     model, variables = small_model()
     params = jax.tree.map(lambda x: x, variables["params"])
     query = params["block_1"]["attention"]["query"]["kernel"]
-    # ‖q‖² grows by 10⁴, logits by 10².
-    params["block_1"]["attention"]["query"]["kernel"] = 100 * query
-    found = diagnosed(model, params, batch)["gated"]
-    assert found[0] == 0
-    assert found[1] > 0.5
+    # Of two heads ‖q‖² grows by 10⁴, logits by 10².
+    params["block_1"]["attention"]["query"]["kernel"] = query.at[:, :2].multiply(100)
+    found = diagnosed(model, params, batch)
+    by_head = found["gated_by_head"]
+    assert not by_head[0].any()
+    assert (by_head[1, :2] > 0.5).all()
+    assert not by_head[1, 2:].any()
+    np.testing.assert_allclose(found["gated"], by_head.mean(-1), rtol=1e-6)
+
+
+def test_a_sink_saves_rows_from_the_gate(batch):
+    """Its logit 0 is in the kernel's sums: a row far from all keys is not far from the sink."""
+    model, variables = small_model({"origin_sink": True, "gamma": 1.0}, num_registers=0)
+    params = jax.tree.map(lambda x: x, variables["params"])
+    attention = params["block_0"]["attention"]
+    # ‖q‖² of some tens, ‖k‖² of hundreds.
+    attention["query"]["kernel"] = 3 * attention["query"]["kernel"]
+    attention["key"]["kernel"] = 30 * attention["key"]["kernel"]
+    with_sink = diagnosed(model, params, batch)["gated"][0]
+    model, _ = small_model({"gamma": 1.0}, num_registers=0)
+    without = diagnosed(model, params, batch)["gated"][0]
+    assert without > 0.5
+    assert with_sink < 0.1
 
 
 def test_without_registers_and_with_a_sink(batch):
