@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 EXTRAS := train,tfds,sweep,dev
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 RUNS   := runs/demo
+SCALE  ?= small
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # 7.5 MB, without the gigabytes of CUDA that it asks for: jax_triton imports no more of it, and so
 # the tests can put the kernels into programs for a GPU on a machine that has none.
 CUDA_PLUGIN := jax-cuda13-plugin
 
-.PHONY: setup demo check test test-gpu clean
+.PHONY: setup demo figures check test test-gpu clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +27,10 @@ demo: setup
 	$(BIN)/python -m experiments.train --config=configs/demo.py:rbf --run=$(RUNS)/rbf
 	$(BIN)/python -m experiments.train --config=configs/demo.py:dot --run=$(RUNS)/dot
 	$(BIN)/python -m experiments.compare --runs=$(RUNS)/rbf,$(RUNS)/dot --out=$(RUNS)/report
+
+# Redraw the figures of docs/results.md, and its numbers, from the records that are kept.
+figures: setup
+	$(BIN)/python -m experiments.figures --figure=all --scale=$(SCALE) --kept --out=docs/figures/results
 
 check: setup
 	$(BIN)/ruff format --check .

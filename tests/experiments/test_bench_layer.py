@@ -1,0 +1,37 @@
+"""The layer's benchmark; times are whatever they are."""
+
+import json
+
+import pytest
+
+from experiments import bench_layer
+
+
+def test_measures_every_layer_and_writes_json(tmp_path, capsys, monkeypatch):
+    some = {name: bench_layer.LAYERS[name] for name in ("RBF, RoPE", "RBF, SuSiE, 1 register")}
+    monkeypatch.setattr(bench_layer, "LAYERS", some)
+    out = tmp_path / "new folder" / "layer.json"
+    sizes = ["--lengths=8,16", "--tokens=16", "--d_model=8", "--heads=2", "--rounds=1"]
+    assert bench_layer.main(["bench", *sizes, f"--out={out}"]) == 0
+    content = json.loads(out.read_text())
+    cells = {(r["implementation"], r["length"], r["direction"]) for r in content["results"]}
+    assert len(cells) == len(content["results"]) == 2 * 2 * 2
+    assert all(r["milliseconds"] > 0 and r["temporary_bytes"] >= 0 for r in content["results"])
+    assert content["settings"]["d_model"] == 8
+    assert content["versions"]["jax"]
+    assert "RBF, SuSiE, 1 register" in capsys.readouterr().out
+
+
+def test_layers_are_what_their_names_say(tmp_path):
+    options = bench_layer._parse(["bench", "--tokens=8", "--d_model=8", "--heads=2"])
+    for name in bench_layer.LAYERS:
+        call, _ = bench_layer.calls(name, 8, options)["forward+backward"]
+        out, (gradients, _) = call.run()
+        assert out.shape == (1, 8 + ("register" in name), 8)
+        assert ("susie" in gradients["params"]) == ("SuSiE" in name)
+
+
+def test_sizes_that_do_not_fit(capsys):
+    with pytest.raises(SystemExit):
+        bench_layer.main(["bench", "--d_model=12", "--heads=4"])
+    assert "--d_model is 12; it must be a multiple of" in capsys.readouterr().err

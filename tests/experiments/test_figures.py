@@ -1,0 +1,138 @@
+"""The program of the figures: trains what is missing, once, and draws."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.figures import scales
+from experiments import figures
+from experiments.figure_runs import Experiment
+from rbf_jax.analysis import claims, records
+from rbf_jax.analysis.variants import Variant
+from rbf_jax.training import TrainingStopped, ensemble
+from tests.analysis.synthetic_records import make_record
+
+REPOSITORY = Path(__file__).parents[2]
+# Compiled in half the time, and slow.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def test_all_at_the_smoke_scale(tmp_path):
+    """The one command, from nothing; a second one trains nothing and draws the same."""
+    command = [
+        *(sys.executable, "-m", "experiments.figures", "--figure=all", "--scale=smoke"),
+        *("--nomembers", f"--out={tmp_path}", f"--base.data.cache_dir={tmp_path / 'cache'}"),
+    ]
+    environment = {**os.environ, **QUICK}
+
+    def run():
+        return subprocess.run(
+            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900
+        )
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    for name in claims.FIGURES:
+        assert {(tmp_path / f"{name}.{kind}").is_file() for kind in ("png", "svg", "json")} == {
+            True
+        }
+    report = (tmp_path / "report.md").read_text()
+    assert "Missing" not in report
+    assert "not measured" not in report
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "records").iterdir()}
+    numbers = (tmp_path / "loss_curves.json").read_text()
+    second = run()
+    assert second.returncode == 0, second.stderr
+    assert "validation loss" not in second.stderr
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "records").iterdir()} == kept
+    assert (tmp_path / "loss_curves.json").read_text() == numbers
+
+
+def main(*arguments):
+    return figures.main(["figures", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--figure is missing"),
+        (["--figure=regsters"], "did you mean 'registers'?"),
+        (["--figure=dial", "--scale=huge"], "the scale is 'huge'; it must be one of"),
+        (["--figure=dial", "--base.model.num_layrs=2"], "num_layrs"),
+        (["--figure=dial", "--bogus=1"], "bogus"),
+    ],
+)
+def test_wrong_commands(arguments, message, capsys):
+    assert main(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_kept_draws_from_records_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ensemble, "train_ensemble", None)
+    kept = tmp_path / "kept"
+    config = scales.get_config("smoke").to_dict()
+    for name, weight in (("base", 1.0), ("key_norm_weight=0.5", 0.5)):
+        config["model"]["attention"]["key_norm_weight"] = weight
+        records.write_record(make_record(name, config), kept / f"{name}{records.SUFFIX}")
+    arguments = ["--figure=dial", "--scale=smoke", "--kept", f"--records={kept}"]
+    assert main(*arguments, f"--out={tmp_path / 'out'}") == 1
+    assert "no record of key_norm_weight=0," in capsys.readouterr().err
+    numbers = json.loads((tmp_path / "out" / "dial.json").read_text())
+    assert numbers.keys() == {"base", "key_norm_weight=0.5"}
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experiment")
+    base = scales.get_config("smoke")
+    base.data.cache_dir = str(folder / "cache")
+    return Experiment(base, (0, 1), folder / "out", folder / "kept")
+
+
+def test_a_variant_that_fails_does_not_stop_the_others(experiment):
+    # Dimensions that positions cannot have; too few tokens for a context so long.
+    variants = [
+        Variant("odd", {"model.num_heads": 16}),
+        Variant("long", {}, (1, 100_000)),
+        Variant("good", {"model.num_registers": 0}, (1, 2)),
+    ]
+    failed = experiment.train(variants, compile_workers=2, keep_members=True)
+    assert failed.keys() == {"odd", "long"}
+    assert "too few for a row" in failed["long"]
+    found = experiment.find(variants[2])
+    assert found.seeds == (0, 1)
+    assert set(found.lengths) == {32, 64}
+    member = experiment.out / "runs" / "good" / "seeds" / "1" / "summary.json"
+    assert json.loads(member.read_text())["seeds"] == [1]
+
+    # A record of another configuration, of other seeds, or without the lengths is not taken.
+    good = variants[2]
+    assert experiment.find(dataclasses.replace(good, lengths=(1, 4))) is None
+    assert experiment.find(Variant("good", {"model.num_registers": 4})) is None
+    other = dataclasses.replace(experiment, seeds=(0, 1, 2))
+    assert other.find(good) is None
+    assert other.find_kept(good) is None
+    # Kept elsewhere, it is as good.
+    experiment.kept.mkdir()
+    name = f"good{records.SUFFIX}"
+    os.replace(experiment.out / "records" / name, experiment.kept / name)
+    assert experiment.find(good).seeds == (0, 1)
+    assert experiment.find_kept(good).seeds == (0, 1)
+
+
+def test_stopped_it_says_so_and_compiles_no_more(experiment, monkeypatch):
+    def stop(*_, **__):
+        raise TrainingStopped("stopped by a signal", 15)
+
+    monkeypatch.setattr(ensemble, "train_ensemble", stop)
+    variants = [Variant(str(i), {"model.num_registers": i}) for i in range(4)]
+    monkeypatch.setattr(ensemble, "compile_programs", lambda *_, **__: None)
+    with pytest.raises(TrainingStopped, match="stopped by a signal"):
+        experiment.train(variants, compile_workers=1, keep_members=False)
