@@ -168,7 +168,12 @@ def test_what_is_sown_lies_under_its_layer(remat):
         "gamma": (((4,), "float32"),),
         "key_norm_weight": (((4,), "float32"),),
     }
-    weights = {"attention_weights": (((3, 4, LENGTH, 2 + LENGTH), "float32"),)}
+    weights = {
+        "attention_weights": (((3, 4, LENGTH, 2 + LENGTH), "float32"),),
+        "value_norms": (((3, 2 + LENGTH, 2), "float32"),),
+        "bound": (((3, 4, LENGTH), "float32"),),
+        "bound_gap": (((3, 4, LENGTH), "float32"),),
+    }
     for collection, expected in (("statistics", layer), ("intermediates", layer | weights)):
         assert shapes(collection) == {
             collection: {

@@ -27,7 +27,7 @@ def results():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
