@@ -101,6 +101,10 @@ def model() -> ConfigDict:
             "num_kv_heads": optional(int),
             # Width of the MLP over d_model.
             "mlp_ratio": 4,
+            # Norms of the residual stream: "rms", or "layer", which has biases; and biases in the
+            # projections of attention and MLP. GPT-2 has "layer" and True.
+            "norm": "rms",
+            "use_bias": False,
             # "susie", "rope", "alibi", "learned" or "none".
             "positions": "susie",
             # Learned vectors in front of the sequence, and how they start: "zero" or "normal".
@@ -133,6 +137,9 @@ def optimizer() -> ConfigDict:
             "b2": 0.95,
             # Clip the gradient's global norm; None for no clipping.
             "clip_norm": optional(float, 1.0),
+            # Steps in which λ goes in a straight line from model.attention.key_norm_weight to 1,
+            # where it stays, in place of being fixed or learned; 0: none. For "rbf" only.
+            "anneal_steps": 0,
             # Micro-batches per step: memory for time, the same update. Times mesh.data × mesh.fsdp
             # it divides the batch size.
             "accumulate_steps": 1,
@@ -145,6 +152,10 @@ def train() -> ConfigDict:
     return ConfigDict(
         {
             "steps": 1000,
+            # Parameters at the start: of the newest checkpoint of a run folder, or of GPT-2 in a
+            # folder as Hugging Face has it; "" draws them. They must fit the model:
+            # experiments.convert sees to it.
+            "init_from": "",
             # Rows per step, over all devices and micro-batches.
             "batch_size": 32,
             # Steps between lines of metrics, evaluations and checkpoints; the last step has all

@@ -20,6 +20,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 # What other people's tokenizer.json files call the end of a document, most specific first.
 _END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 _BYTES_FILE = {"type": "rbf_jax.bytes"}
+_GPT2_FILES = ("vocab.json", "merges.txt")
 # 256 bytes and the end of a document.
 _SMALLEST_BPE = 257
 
@@ -145,13 +146,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer from its file, or from the run folder that it was kept in.
+    """Reads a tokenizer from its file, or from the folder that it was kept in.
+
+    A folder without a tokenizer.json may hold GPT-2's two files, vocab.json and merges.txt.
 
     Raises:
       ValueError: if the file is missing, or is no tokenizer.
     """
     path = Path(path).expanduser()
     if path.is_dir():
+        if not (path / FILE_NAME).exists() and all((path / name).is_file() for name in _GPT2_FILES):
+            return _load_gpt2_files(path)
         path = path / FILE_NAME
     if not path.is_file():
         raise ValueError(f"tokenizer file {path} does not exist.")
@@ -169,3 +174,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except Exception as error:  # The library raises plain `Exception`.
         raise ValueError(f"tokenizer file {path} is not a tokenizer.json: {error}.") from error
     return SubwordTokenizer(tokenizer, str(path))
+
+
+def _load_gpt2_files(folder: Path) -> SubwordTokenizer:
+    """Reads GPT-2's byte-level BPE, as it was before there was a tokenizer.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary, merges = (str(folder / name) for name in _GPT2_FILES)
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(vocabulary, merges))
+    except Exception as error:  # The library raises plain `Exception`.
+        raise ValueError(f"{vocabulary} and {merges} are no tokenizer: {error}.") from error
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if tokenizer.token_to_id(END_OF_DOCUMENT) is not None:  # A new one would be another model's.
+        tokenizer.add_special_tokens([END_OF_DOCUMENT])
+    return SubwordTokenizer(tokenizer, str(folder))

@@ -184,6 +184,15 @@ class Checkpoints:
             logger.warning("Moved the bad checkpoint of step %d to %s.", step, aside)
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """Returns the steps that have a checkpoint, the newest last.
+
+    Args:
+      folder: of all checkpoints; need not exist.
+    """
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
 def find_step(folder: Path, wanted: int | str | None, losses: Mapping[int, float]) -> int:
     """Returns the step of a checkpoint.
 
@@ -198,7 +207,7 @@ def find_step(folder: Path, wanted: int | str | None, losses: Mapping[int, float
     """
     if wanted not in (None, "last", "best") and type(wanted) is not int:
         raise ValueError(f"checkpoint is {wanted!r}; it must be a step, 'best', 'last' or None.")
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    steps = saved_steps(folder)
     if not steps:
         raise CheckpointError(f"{folder} holds no checkpoint yet.")
     if wanted is None or wanted == "last":
@@ -212,7 +221,7 @@ def find_step(folder: Path, wanted: int | str | None, losses: Mapping[int, float
 
 
 def read_params(folder: Path, step: int, params: Any) -> Any:
-    """Reads the parameters of a checkpoint, alone, onto the first device.
+    """Reads the parameters of a checkpoint, alone, onto the first device of this process.
 
     Args:
       folder: of all checkpoints.
@@ -222,7 +231,7 @@ def read_params(folder: Path, step: int, params: Any) -> Any:
     Raises:
       CheckpointError: it cannot be read.
     """
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ _LEAST = {
     "train.eval_batches": 0,
     "train.keep_checkpoints": 1,
     "optimizer.warmup_steps": 0,
+    "optimizer.anneal_steps": 0,
     "optimizer.accumulate_steps": 1,
 }
 # Ranges of real numbers: from, up to, and whether the ends belong to it.
@@ -76,13 +78,38 @@ def validate(config: ConfigDict, num_devices: int, *, keeps_best: bool = True) -
             f"train.eval_every is {train.eval_every}; it must be a multiple of "
             f"train.checkpoint_every = {train.checkpoint_every}, so that the best can be kept."
         )
+    if train.init_from and not keeps_best:
+        raise ValueError(
+            f"train.init_from is {train.init_from!r}; an ensemble draws its parameters: leave it "
+            "at ''."
+        )
     model = model_config(config, _SMALLEST_VOCABULARY)
+    _validate_annealing(config)
     _validate_mesh(config, axis_sizes(config.mesh, num_devices), model)
     window, length = config.model.attention.window, config.data.context_length
     if window is not None and window >= length - 1:
         raise ValueError(
             f"model.attention.window is {window}; it must be less than data.context_length - 1 = "
             f"{length - 1}, or None: from there on it leaves nothing out."
+        )
+
+
+def _validate_annealing(config: ConfigDict) -> None:
+    """Raises ValueError if λ is to be annealed where it cannot be, or not all the way."""
+    steps, attention = config.optimizer.anneal_steps, config.model.attention
+    if not steps:
+        return
+    if steps > config.train.steps:
+        raise ValueError(
+            f"optimizer.anneal_steps is {steps}; it must be at most train.steps = "
+            f"{config.train.steps}, so that λ arrives at 1."
+        )
+    if attention.kind != "rbf" or attention.learn_key_norm_weight or attention.key_norm_weight == 1:
+        raise ValueError(
+            f"optimizer.anneal_steps is {steps}; it needs model.attention.kind 'rbf', a "
+            "key_norm_weight other than 1 to start from, and learn_key_norm_weight False, but "
+            f"they are {attention.kind!r}, {attention.key_norm_weight} and "
+            f"{attention.learn_key_norm_weight}."
         )
 
 
@@ -108,10 +135,10 @@ def _validate_mesh(config: ConfigDict, mesh: Mapping[str, int], model: Transform
 
 
 def model_config(config: ConfigDict, vocab_size: int) -> TransformerConfig:
-    """Returns the model's configuration.
+    """Returns the model's configuration. With `anneal_steps`, λ is a parameter of it.
 
     Args:
-      config: with the sections data and model of configs/base.py.
+      config: with the keys of configs/base.py.
       vocab_size: of the tokenizer.
 
     Raises:
@@ -119,6 +146,8 @@ def model_config(config: ConfigDict, vocab_size: int) -> TransformerConfig:
     """
     fields = config.model.to_dict()
     attention = AttentionConfig(**fields.pop("attention"))
+    if config.optimizer.get("anneal_steps"):  # Runs of before have no such key.
+        attention = dataclasses.replace(attention, learn_key_norm_weight=True)
     return TransformerConfig(
         vocab_size=vocab_size,
         context_length=config.data.context_length,

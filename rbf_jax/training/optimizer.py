@@ -1,8 +1,8 @@
-"""AdamW with linear warm-up and cosine decay; which parameters decay."""
+"""AdamW with linear warm-up and cosine decay; which parameters decay; the dial's annealing."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,9 @@ import optax
 from jax.typing import ArrayLike
 
 # Vectors by meaning, though some are arrays of two or more dimensions.
-_NO_DECAY = frozenset({"registers", "susie"})
+_NO_DECAY = frozenset({"registers", "susie", "bias"})
+# λ, as `rbf_jax.nn` names it.
+_DIAL = "key_norm_weight"
 
 
 def make_schedule(config: Any, steps: int) -> optax.Schedule:
@@ -40,7 +42,7 @@ def make_schedule(config: Any, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
-    """Returns clipping by global norm, if asked for, and AdamW.
+    """Returns clipping by global norm, if asked for, and AdamW; with `anneal_steps`, not for λ.
 
     Args:
       config: the section `optimizer` of configs/base.py.
@@ -53,9 +55,46 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    if config.clip_norm is None:
-        return _with_promotion(adamw)
-    return _with_promotion(optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw))
+    if config.clip_norm is not None:
+        adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    if config.get("anneal_steps"):  # Runs of before have no such key.
+        parts = {"learned": adamw, "annealed": anneal_to_one(config.anneal_steps)}
+        return _with_promotion(optax.partition(parts, _annealed_or_learned))
+    return _with_promotion(adamw)
+
+
+class AnnealState(NamedTuple):
+    """Updates done, int32 ()."""
+
+    count: jax.Array
+
+
+def anneal_to_one(steps: int) -> optax.GradientTransformation:
+    """Leads parameters to 1 in a straight line, from wherever each starts, whatever the gradient.
+
+    λ thus is part of the state like any parameter: checkpoints hold it, and evaluation, generation
+    and a run that goes on find it where training left it.
+
+    Args:
+      steps: update number `steps` arrives at 1; later ones stay there.
+    """
+
+    def update(
+        updates: optax.Updates, state: AnnealState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, AnnealState]:
+        del updates
+        left = jnp.maximum(steps - state.count, 1).astype(jnp.float32)
+        return jax.tree.map(lambda x: (1 - x) / left, params), AnnealState(state.count + 1)
+
+    return optax.GradientTransformation(lambda _: AnnealState(jnp.zeros((), jnp.int32)), update)
+
+
+def _annealed_or_learned(params: Any) -> Any:
+    def label(path: jax.tree_util.KeyPath, parameter: Any) -> str:
+        del parameter
+        return "annealed" if getattr(path[-1], "key", None) == _DIAL else "learned"
+
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -73,8 +112,8 @@ def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTr
 def decay_mask(params: Any) -> Any:
     """Which parameters weight decay pulls to 0: the matrices.
 
-    Those are kernels, embeddings and the head. Left alone are norms, biases, γ and λ, which are
-    vectors, and the registers and SuSiE's weights and register offsets, whatever their shape.
+    Those are kernels, embeddings and the head. Left alone are norms, γ and λ, which are vectors,
+    and biases, registers and SuSiE's weights and register offsets, whatever their shape.
 
     Args:
       params: pytree of arrays, named as `rbf_jax.nn` names them.

@@ -66,6 +66,21 @@ def create_state_of(
     return functools.partial(_create, model, optimizer)
 
 
+def with_params(state: TrainState, params: Any) -> TrainState:
+    """Returns the state with other parameters, placed as those that it has.
+
+    Args:
+      state: before the first step.
+      params: pytree of NumPy arrays, each of the shape of the parameter that it replaces.
+    """
+
+    def place(old: jax.Array, new: np.ndarray) -> jax.Array:
+        new = new.astype(old.dtype)
+        return jax.make_array_from_callback(old.shape, old.sharding, lambda index: new[index])
+
+    return dataclasses.replace(state, params=jax.tree.map(place, state.params, params))
+
+
 def state_shapes(model: CausalLM, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state's shapes and dtypes; nothing is computed.
 

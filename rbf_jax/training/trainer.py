@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from rbf_jax.data import load_data
 from rbf_jax.nn import CausalLM
-from rbf_jax.training.checkpoint import Checkpoints
+from rbf_jax.training.checkpoint import Checkpoints, saved_steps
 from rbf_jax.training.config import model_config
 from rbf_jax.training.distributed import (
     StopVote,
@@ -24,6 +24,7 @@ from rbf_jax.training.distributed import (
     together,
 )
 from rbf_jax.training.evaluation import evaluate
+from rbf_jax.training.initial import open_source, start_from
 from rbf_jax.training.metrics import (
     MetricsFile,
     Values,
@@ -38,7 +39,7 @@ from rbf_jax.training.progress import Progress, Stopwatch
 from rbf_jax.training.run_folder import RunFolder
 from rbf_jax.training.sharding import data_share, on_mesh, place_batch, replicated
 from rbf_jax.training.signals import StopRequest
-from rbf_jax.training.state import create_state, fingerprint
+from rbf_jax.training.state import create_state, fingerprint, with_params
 from rbf_jax.training.step import compile_train_step, make_eval_step, make_inspect_step
 
 if TYPE_CHECKING:
@@ -109,6 +110,11 @@ class Trainer:
         self.model = CausalLM(model_config(config, self.data.tokenizer.vocab_size))
         self._optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.state = create_state(self.model, self._optimizer, config.seed, mesh)
+        # A run that goes on has no need of them any more.
+        if config.train.init_from and not saved_steps(folder.checkpoints):
+            source = open_source(config.train.init_from)
+            params = start_from(source, self.state.params, self.data.tokenizer)
+            self.state = with_params(self.state, params)
         # What cannot be compiled leaves no file in the folder.
         self._compile()
         with contextlib.ExitStack() as opened:

@@ -26,6 +26,9 @@ def test_the_defaults_are_valid(config):
         ("optimizer.learning_rate", 1e-6, "at most optimizer.learning_rate = 1e-06"),
         ("optimizer.b2", 1.0, r"b2 is 1.0; it must be in \[0, 1\)"),
         ("optimizer.clip_norm", 0.0, "clip_norm is 0.0"),
+        ("optimizer.anneal_steps", -1, "anneal_steps is -1; it must be at least 0"),
+        ("optimizer.anneal_steps", 1001, "is 1001; it must be at most train.steps = 1000"),
+        ("optimizer.anneal_steps", 5, "other than 1 to start from, .* are 'rbf', 1.0 and False"),
         ("optimizer.accumulate_steps", 3, r"multiple of .* = 3 × 2 × 1\."),
         ("train.batch_size", 33, "batch_size is 33; it must be a multiple"),
         ("mesh.tensor", 3, r"mesh is data=-1, .* product, 3, must divide .* of devices, 2\."),
@@ -75,6 +78,29 @@ def test_the_widest_window_that_leaves_something_out_is_valid(config):
 def test_no_clipping_is_valid(config):
     config.optimizer.clip_norm = None
     validate(config, 2)
+
+
+def test_an_annealed_dial_is_a_parameter(config):
+    config.optimizer.anneal_steps = 1000
+    config.model.attention.key_norm_weight = 0.0
+    validate(config, 2)
+    attention = model_config(config, 300).attention
+    assert (attention.key_norm_weight, attention.learn_key_norm_weight) == (0.0, True)
+    config.model.attention.learn_key_norm_weight = True
+    with pytest.raises(ValueError, match=r"learn_key_norm_weight False, but they are .* True"):
+        validate(config, 2)
+
+
+def test_runs_from_before_there_was_annealing_have_a_model(config):
+    del config.optimizer.anneal_steps
+    assert not model_config(config, 300).attention.learn_key_norm_weight
+
+
+def test_an_ensemble_starts_from_its_seeds(config):
+    config.train.init_from = "runs/other"
+    validate(config, 2)
+    with pytest.raises(ValueError, match=r"init_from is 'runs/other'; an ensemble draws"):
+        validate(config, 2, keeps_best=False)
 
 
 def test_json(config):

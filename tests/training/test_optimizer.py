@@ -31,6 +31,8 @@ def test_what_decays():
     attention = AttentionConfig(learn_gamma=True, learn_key_norm_weight=True, qk_norm=True)
     model_config = TransformerConfig(
         *(32, 16),
+        norm="layer",
+        use_bias=True,
         num_layers=1,
         d_model=16,
         num_heads=2,
@@ -52,7 +54,35 @@ def test_what_decays():
         *(f"{attention}/query_norm/scale", f"{attention}/key_norm/scale"),
         *(f"{attention}/log_gamma", f"{attention}/key_norm_weight"),
         *("registers/embedding", f"{attention}/susie/weight", f"{attention}/susie/registers"),
+        *(f"{attention}/{name}/bias" for name in ("query", "key", "value", "out")),
+        *(f"{layer}/attention_norm/bias", f"{layer}/mlp_norm/bias", "final_norm/bias"),
+        *(f"{layer}/mlp/in/bias", f"{layer}/mlp/out/bias"),
     }
+
+
+def test_the_dial_goes_to_one_in_a_straight_line_and_the_rest_learns(config):
+    config.clip_norm, config.anneal_steps, config.warmup_steps = 1.0, 4, 0
+    start = {"kernel": jnp.ones((2, 2)), "key_norm_weight": jnp.array([0.0, 0.5])}
+    # Were it counted in the norm, the dial's gradient would leave nothing of the other's.
+    grads = {"kernel": jnp.full((2, 2), 0.5), "key_norm_weight": jnp.array([1e6, -1e6])}
+    annealing = make_optimizer(config, 10)
+    params, state, weights = start, annealing.init(start), []
+    for _ in range(6):
+        update, state = annealing.update(grads, state, params)
+        params = optax.apply_updates(params, update)
+        weights.append(params["key_norm_weight"])
+    expected = [[0.25, 0.625], [0.5, 0.75], [0.75, 0.875], [1, 1], [1, 1], [1, 1]]
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    np.testing.assert_array_equal(weights[3:], 1.0)
+
+    config.anneal_steps = 0
+    alone = make_optimizer(config, 10)
+    params_alone = {"kernel": start["kernel"]}
+    state = alone.init(params_alone)
+    for _ in range(6):
+        update, state = alone.update({"kernel": grads["kernel"]}, state, params_alone)
+        params_alone = optax.apply_updates(params_alone, update)
+    np.testing.assert_array_equal(params["kernel"], params_alone["kernel"])
 
 
 def updates(config, grads, params):
