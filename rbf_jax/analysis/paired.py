@@ -84,14 +84,24 @@ def loss(record: Record, which: str = "final") -> np.ndarray:
 
 
 def steps_saved(record: Record, reference: Record) -> Estimate:
-    """How many steps earlier each seed has the reference's final loss; a seed that never has it
-    counts as missing."""
+    """How many steps earlier each seed has the reference's final validation loss.
+
+    A seed that never has it has lost as many as the reference is earlier at this one's final loss,
+    so that no seed is left out and two records swapped change the sign alone. A diverged seed
+    counts as missing.
+    """
     steps = record.valid["step"].astype(np.float64)
-    saved = []
-    for own, target in zip(record.valid["loss"].T, loss(reference)):
-        reached = steps_to_reach(steps, own, float(target))
-        saved.append(math.nan if reached is None else steps[-1] - reached)
-    return estimate(np.array(saved))
+    pairs = zip(record.valid["loss"].T, reference.valid["loss"].T)
+    return estimate(np.array([_steps_saved(steps, own, other) for own, other in pairs]))
+
+
+def _steps_saved(steps: np.ndarray, own: np.ndarray, other: np.ndarray) -> float:
+    if not (math.isfinite(own[-1]) and math.isfinite(other[-1])):
+        return math.nan
+    if own[-1] > other[-1]:
+        return -_steps_saved(steps, other, own)
+    reached = steps_to_reach(steps, own, float(other[-1]))
+    return float(steps[-1] - reached) if reached is not None else math.nan
 
 
 def spikes(record: Record) -> np.ndarray:

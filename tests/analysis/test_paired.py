@@ -61,8 +61,11 @@ def test_steps_saved():
     saved = paired.steps_saved(fast, slow)
     # 3 exp(-step / 40) = 3 exp(-200 / 40) + 0.1 at step 128.5, between evaluations at 120 and 140.
     assert 60 <= saved.mean <= 80
-    never = paired.steps_saved(slow, fast)
-    assert (never.n, never.missing) == (0, 4)
+    assert paired.steps_saved(slow, fast).mean == -saved.mean
+    assert paired.steps_saved(slow, slow).mean == 0
+    lost = make_record("lost", CONFIG, diverged=(1,))
+    assert paired.steps_saved(lost, slow).missing == 1
+    assert paired.steps_saved(slow, lost).missing == 1
 
 
 def test_spikes():
