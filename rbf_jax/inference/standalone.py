@@ -1,0 +1,76 @@
+"""Runs an exported model, whose folder this file lies in, with JAX and NumPy alone.
+
+    python run.py TOKEN,TOKEN,... [TOKEN,TOKEN,... ...] [--tokens=N]
+
+Each argument is a prompt, as the numbers of its tokens. Prints the N likeliest tokens to follow
+each, one by one; one line a prompt.
+"""
+
+import argparse
+import json
+import struct
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def read_parameters(path):
+    """Reads a file of safetensors: eight bytes, the length of a JSON header; header; arrays."""
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    parameters = {}
+    for name, entry in json.loads(content[8 : 8 + size]).items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] != "F32":
+            raise ValueError(f"{name} in {path} has dtype {entry['dtype']}, but must be F32.")
+        start, end = (8 + size + offset for offset in entry["data_offsets"])
+        array = np.frombuffer(content[start:end], "<f4").reshape(entry["shape"])
+        parameters[name] = jnp.asarray(array)
+    return parameters
+
+
+def read_program(path, **options):
+    """Reads what `jax.export` wrote; it is compiled when first called."""
+    return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call, **options)
+
+
+def continuations(folder, prompts, num_tokens):
+    """Returns the `num_tokens` likeliest tokens, one after another, to follow each prompt."""
+    parameters = read_parameters(folder / "model.safetensors")
+    prefill = read_program(folder / "prefill.jax_export")
+    # The cache is given away: the step then writes into it, and copies nothing.
+    step = read_program(folder / "step.jax_export", donate_argnums=1)
+    width = json.loads((folder / "config.json").read_text())["about"]["prompt_length"]
+    longest = max(map(len, prompts))
+    if longest > width:
+        raise ValueError(f"a prompt has {longest} tokens; the program takes at most {width}.")
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts):
+        row[: len(prompt)] = prompt
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    logits, cache = prefill(parameters, tokens, lengths)
+    found = []
+    for _ in range(num_tokens):
+        found.append(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        logits, cache = step(parameters, cache, found[-1][:, None])
+        logits = logits[:, 0]
+    return np.stack(found, axis=1)
+
+
+def main():
+    """Runs the program."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("prompts", nargs="+", metavar="TOKEN,TOKEN,...")
+    parser.add_argument("--tokens", type=int, default=20, metavar="N")
+    arguments = parser.parse_args()
+    prompts = [[int(token) for token in prompt.split(",")] for prompt in arguments.prompts]
+    for row in continuations(Path(__file__).parent, prompts, arguments.tokens):
+        print(",".join(map(str, row)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
