@@ -19,13 +19,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="evaluate", description=__doc__.partition("\n")[0])
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder")
     parser.add_argument("--split", choices=("valid", "train"), default="valid")
-    parser.add_argument(
-        "--checkpoint",
-        type=_checkpoint,
-        default="last",
-        metavar="last|best|STEP",
-        help="best is by validation loss during training (default: last)",
-    )
+    add_checkpoint(parser)
     arguments = parser.parse_args(argv[1:])
     try:
         # Behind the command line: these imports take seconds.
@@ -38,6 +32,17 @@ def main(argv: Sequence[str]) -> int:
     for name, value in result.items():
         print(f"{name:<16}{value:.4f}" if isinstance(value, float) else f"{name:<16}{value}")
     return 0
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds --checkpoint: "last", "best" or an integer."""
+    parser.add_argument(
+        "--checkpoint",
+        type=_checkpoint,
+        default="last",
+        metavar="last|best|STEP",
+        help="best is by validation loss during training (default: last)",
+    )
 
 
 def _checkpoint(text: str) -> int | str:

@@ -7,7 +7,15 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import bench_attention, bench_training, compare, config_files, evaluate, sweep
+from experiments import (
+    bench_attention,
+    bench_training,
+    compare,
+    config_files,
+    evaluate,
+    inspect,
+    sweep,
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -45,6 +53,7 @@ def test_command_line_is_understood(command, tmp_path, monkeypatch):
         "experiments.sweep": sweep.main,
         "experiments.evaluate": evaluate.main,
         "experiments.compare": compare.main,
+        "experiments.inspect": inspect.main,
         "experiments.bench_attention": bench_attention.main,
         "experiments.bench_training": bench_training.main,
     }[argv[0]]

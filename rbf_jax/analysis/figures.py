@@ -31,7 +31,7 @@ from rbf_jax.analysis.style import (
 )
 
 METRIC_LABELS = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
-_WIDTH = 10.0  # Inches; a report shows a figure at about 900 pixels.
+WIDTH = 10.0  # Inches; a report shows a figure at about 900 pixels.
 _LEGEND_COLUMNS = 5
 
 
@@ -43,7 +43,7 @@ def loss_figure(runs: Sequence[Run], metric: str = "loss") -> Figure:
       runs: the runs; the first is the one that differences refer to.
       metric: "loss", or "bits_per_byte" where losses per token cannot be compared.
     """
-    figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     by_step, by_time, difference = figure.subplots(1, 3)
     unit, unit_name = _time_unit(runs)
     for run, style in _styled(runs):
@@ -83,7 +83,7 @@ def stability_figure(runs: Sequence[Run]) -> Figure | None:
     panels = [panel for panel in _STABILITY if any(_has(run.train, panel[0]) for run in runs)]
     if not panels:
         return None
-    figure = Figure(figsize=(_WIDTH, 0.5 + 2.6 * ((len(panels) + 1) // 2)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.5 + 2.6 * ((len(panels) + 1) // 2)), layout="constrained")
     for i, (key, title, label, scale) in enumerate(panels):
         axes = figure.add_subplot((len(panels) + 1) // 2, 2, i + 1)
         for run, style in _styled(runs):
@@ -118,7 +118,7 @@ def learned_figure(runs: Sequence[Run]) -> Figure | None:
     columns = min(4, max(len(names) for names, _ in panels.values()))
     rows_of = {symbol: math.ceil(len(names) / columns) for symbol, (names, _) in panels.items()}
     rows = sum(rows_of.values())
-    figure = Figure(figsize=(_WIDTH, 0.5 + 2.3 * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.5 + 2.3 * rows), layout="constrained")
     above = 0
     for symbol, (names, learning) in panels.items():
         first = None
@@ -158,7 +158,7 @@ def key_norm_figure(
     """
     layers = max(len(norms) for norms in text)
     width = 0.8 / len(runs)
-    figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.subplots()
     mark: dict[str, Any] = {"marker": "D", "color": REGISTER_COLOR, "linestyle": ""}
     mark |= {"markerfacecolor": "none", "markersize": 4.5}

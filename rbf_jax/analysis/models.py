@@ -1,16 +1,22 @@
-"""Opens the newest checkpoint of each run and looks inside the models on the same text."""
+"""Opens checkpoints of runs and looks inside the models: several on one text, or one closely."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from rbf_jax.analysis.diagnostics import Inside, look_inside
+from rbf_jax.analysis.diagnostics import Inside, diagnose, look_inside
 from rbf_jax.analysis.runs import Run
+from rbf_jax.nn import TransformerConfig
 from rbf_jax.training import load_run
+from rbf_jax.training.metrics import read_valid_losses
+from rbf_jax.training.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +36,86 @@ class Findings:
     tokens: Sequence[str]
     text_key_norms: np.ndarray
     register_key_norms: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What a trained model does with rows of its validation split.
+
+    Attributes:
+      path: the run's folder.
+      config: of the run, nested dictionaries.
+      model: the model's configuration.
+      step: the checkpoint's step.
+      valid_loss: there; None if it was not evaluated there.
+      rows: rows that hold text.
+      text_tokens: tokens in them, padding not counted.
+      numbers: what `rbf_jax.analysis.diagnostics.diagnose` says of them.
+      uniform: "entropy" and "distance" of attention that weighs all that it may see alike.
+      document: attention on the first tokens of one document.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    model: TransformerConfig
+    step: int
+    valid_loss: float | None
+    rows: int
+    text_tokens: int
+    numbers: Mapping[str, np.ndarray]
+    uniform: Mapping[str, float]
+    document: Findings
+
+
+def inspect_run(
+    run_dir: str | Path,
+    *,
+    checkpoint: int | str = "last",
+    num_rows: int = 8,
+    num_tokens: int = 32,
+) -> Inspection:
+    """Looks closely inside one model; memory grows with rows × heads × layers × T².
+
+    Args:
+      run_dir: the run's folder.
+      checkpoint: "last", "best" or a step.
+      num_rows: rows of the validation split to look at; all, if it has fewer.
+      num_tokens: tokens of one document whose attention weights are kept.
+
+    Raises:
+      ValueError: as `load_run`, or the data is not where the run found it.
+    """
+    run = load_run(run_dir, checkpoint)
+    batch = _validation_rows(run.data, num_rows)
+    segment_ids = batch["segment_ids"]
+    numbers = jax.jit(functools.partial(diagnose, run.model))(
+        run.variables["params"],
+        {name: batch[name] for name in ("inputs", "positions", "segment_ids")},
+    )
+    return Inspection(
+        path=run.path,
+        config=run.config.to_dict(),
+        model=run.model.config,
+        step=run.step,
+        valid_loss=read_valid_losses(RunFolder(run.path).metrics).get(run.step),
+        rows=int((segment_ids > 0).any(1).sum()),
+        text_tokens=int((segment_ids > 0).sum()),
+        numbers={name: np.asarray(values) for name, values in numbers.items()},
+        uniform=_uniform(batch["positions"][segment_ids > 0], run.model.config),
+        document=_look(run, _document(run.data), num_tokens, num_rows=1),
+    )
+
+
+def _uniform(positions: np.ndarray, model: TransformerConfig) -> dict[str, float]:
+    """Entropy and distance, as `diagnose` defines them, of weights that are all the same."""
+    window = model.attention.window
+    behind = positions if window is None else np.minimum(positions, window)
+    seen = behind + 1 + model.num_registers + model.attention.origin_sink
+    text_mass = (behind + 1) / seen
+    return {
+        "entropy": float(np.log(seen).mean()),
+        "distance": float((text_mass * behind / 2).sum() / text_mass.sum()),
+    }
 
 
 def examine(

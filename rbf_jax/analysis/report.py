@@ -27,7 +27,9 @@ class Section:
     figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
 
 
-def write_report(out: Path, title: str, sections: Sequence[Section], numbers: Any) -> list[Path]:
+def write_report(
+    out: Path, title: str, sections: Sequence[Section], numbers: Any, vectors: str = "pdf"
+) -> list[Path]:
     """Writes report.md, numbers.json and figures/NAME.png and .pdf, each beside and renamed.
 
     Args:
@@ -35,6 +37,7 @@ def write_report(out: Path, title: str, sections: Sequence[Section], numbers: An
       title: the report's heading.
       sections: its parts, in order.
       numbers: what goes into numbers.json; NaN and infinity become null.
+      vectors: "pdf" or "svg": what the figures are written as beside PNG.
 
     Returns:
       The files written, report.md first.
@@ -44,9 +47,9 @@ def write_report(out: Path, title: str, sections: Sequence[Section], numbers: An
     for section in sections:
         lines += [f"## {section.title}", "", section.text, ""]
         for stem, figure in section.figures.items():
-            png, pdf = _save(figure, out / "figures", stem)
-            pictures += [png, pdf]
-            links = [urllib.parse.quote(f"figures/{path.name}") for path in (png, pdf)]
+            saved = _save(figure, out / "figures", stem, ("png", vectors))
+            pictures += saved
+            links = [urllib.parse.quote(f"figures/{path.name}") for path in saved]
             lines += [f"![{stem}]({links[0]})", "", f"[the same as vectors]({links[1]})", ""]
     write_text(
         out / "numbers.json", json.dumps(_jsonable(numbers), indent=2, ensure_ascii=False) + "\n"
@@ -62,13 +65,21 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-@mpl.rc_context(STYLE)
-def _save(figure: Figure, folder: Path, stem: str) -> tuple[Path, Path]:
-    """Writes a figure as PNG and PDF, without dates: the same figure gives the same bytes."""
-    paths = folder / f"{stem}.png", folder / f"{stem}.pdf"
-    for path, metadata in zip(paths, ({"Software": None}, {"CreationDate": None})):
+# The same figure gives the same bytes.
+_UNDATED: Mapping[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None},
+    "svg": {"Date": None},
+}
+
+
+def _save(figure: Figure, folder: Path, stem: str, kinds: Sequence[str]) -> list[Path]:
+    """Writes a figure in each of some formats."""
+    paths = [folder / f"{stem}.{kind}" for kind in kinds]
+    for path, kind in zip(paths, kinds):
         content = io.BytesIO()
-        figure.savefig(content, format=path.suffix[1:], metadata=metadata)
+        with mpl.rc_context({**STYLE, "svg.hashsalt": stem}):
+            figure.savefig(content, format=kind, metadata=_UNDATED[kind])
         figure.set_layout_engine("none")  # Laid out by now; once is enough.
         with replacing(path) as file:
             file.write(content.getvalue())

@@ -1,9 +1,14 @@
+import functools
 import types
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from rbf_jax.analysis import models
+from rbf_jax.analysis.diagnostics import diagnose
 from rbf_jax.analysis.runs import read_run
 from tests.analysis.synthetic import write_run
 from tests.nn.models import LENGTH, small_model
@@ -101,3 +106,73 @@ def test_programming_errors_are_not_swallowed(tmp_path, loaded):
 
 def test_visible():
     assert models.visible(" a\tb\n") == "␣a⇥b↵"
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"num_registers": 0, "attention": {"kind": "dot", "window": 3}}, 3),
+        ({"num_registers": 4, "attention": {"origin_sink": True}}, 100),
+    ],
+)
+def test_inspect_run(changes, window, tmp_path, monkeypatch):
+    model, variables = small_model(**changes)
+    data = Rows(Letters(0), TEXT)
+    run = types.SimpleNamespace(
+        path=tmp_path,
+        config=ConfigDict({"seed": 3}),
+        model=model,
+        variables=variables,
+        data=data,
+        step=7,
+    )
+    asked = []
+    monkeypatch.setattr(models, "load_run", lambda *arguments: asked.append(arguments) or run)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "split": "valid", "loss": 1.5}\n')
+    seen = models.inspect_run(Path("x"), checkpoint="best", num_rows=3, num_tokens=5)
+    assert asked == [(Path("x"), "best")]
+    assert (seen.config, seen.model) == ({"seed": 3}, model.config)
+    assert (seen.step, seen.valid_loss) == (7, 1.5)
+    # The other two rows are padding.
+    assert (seen.rows, seen.text_tokens) == (1, TEXT_TOKENS)
+    (batch,) = data.batches("valid", 3, shuffle=False, repeat=False)
+    expected = jax.jit(functools.partial(diagnose, model))(variables["params"], batch)
+    assert seen.numbers.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(seen.numbers[name], values, err_msg=name)
+
+    # By hand: each token sees those before it in its document, registers and sink.
+    others = changes["num_registers"] + changes["attention"].get("origin_sink", 0)
+    seen_text = [min(i, window) + 1 for i in (0, 1, *range(len(TEXT)))]
+    entropy = np.mean([np.log(n + others) for n in seen_text])
+    reach = np.mean([sum(range(n)) / (n + others) for n in seen_text])
+    mass = np.mean([n / (n + others) for n in seen_text])
+    assert seen.uniform == pytest.approx({"entropy": entropy, "distance": reach / mass})
+
+    assert seen.document.tokens == ["o", "l", "d", "␣", "m"]
+    assert seen.document.inside.attention_weights.shape[1:] == (
+        1,
+        4,
+        5,
+        changes["num_registers"] + 5,
+    )
+
+
+def test_attention_that_weighs_all_alike_is_uniform(tmp_path, monkeypatch):
+    model, variables = small_model(
+        num_registers=1, attention={"origin_sink": True}, positions="none"
+    )
+    variables = jax.tree.map(np.zeros_like, variables)  # All logits are 0.
+    run = types.SimpleNamespace(
+        path=tmp_path,
+        config=ConfigDict(),
+        model=model,
+        variables=variables,
+        data=Rows(Letters(0), TEXT),
+        step=7,
+    )
+    monkeypatch.setattr(models, "load_run", lambda *_: run)
+    seen = models.inspect_run(tmp_path, num_rows=1)
+    assert seen.valid_loss is None
+    for name in ("entropy", "distance"):
+        np.testing.assert_allclose(seen.numbers[name], seen.uniform[name], rtol=1e-5)

@@ -71,5 +71,16 @@ def test_a_report_replaces_the_one_before(tmp_path):
     assert [path.read_bytes() for path in again[2:]] == before[2:]
 
 
+def test_vectors_may_be_svg(tmp_path):
+    sections = [Section("One", "", {"c": picture(2)})]
+    first = [p.read_bytes() for p in write_report(tmp_path / "a", "T", sections, {}, vectors="svg")]
+    paths = write_report(tmp_path / "b", "T", sections, {}, vectors="svg")
+    assert [path.name for path in paths[2:]] == ["c.png", "c.svg"]
+    assert "](figures/c.svg)" in paths[0].read_text()
+    assert b"</svg>" in first[3]
+    # Without a date or chance in it.
+    assert [path.read_bytes() for path in paths] == first
+
+
 def test_markdown_table():
     assert markdown_table([["", "a|b"], ["x", "1"]]) == "|  | a\\|b |\n|:---|---:|\n| x | 1 |"

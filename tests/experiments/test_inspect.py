@@ -1,0 +1,128 @@
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import inspect
+from rbf_jax.training import train
+from tests.training.tiny import tiny_config, write_corpus
+
+PICTURES = ["heads", "norms", "gamma-lambda", "attention"]
+
+
+@pytest.fixture(scope="module")
+def train_tiny(tmp_path_factory):
+    """Trains four steps, with changes to the configuration; returns the run's folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_corpus(folder)
+
+    def train_tiny(name, **changes):
+        config = tiny_config(folder)
+        config.train.steps = 4
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+        train(config, folder / name)
+        return folder / name
+
+    return train_tiny
+
+
+@pytest.fixture(scope="module")
+def trained(train_tiny):
+    """An RBF model with a register and an origin sink, on packed rows."""
+    return train_tiny("run", model__attention__learn_gamma=True, model__attention__origin_sink=True)
+
+
+def run(*arguments):
+    return inspect.main(["inspect", *map(str, arguments)])
+
+
+def read(out, printed):
+    """The report and its numbers; what it links to is there, printed and no empty picture."""
+    text = (out / "report.md").read_text()
+    links = [out / path for path in re.findall(r"\]\(([^)]*)\)", text)]
+    pictures = [f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg")]
+    assert [path.name for path in links] == [*pictures, "numbers.json"]
+    assert printed.split() == [str(out / "report.md"), str(links[-1]), *map(str, links[:-1])]
+    for path in links[:-1]:
+        if path.suffix == ".png":
+            assert np.asarray(Image.open(path).convert("L")).std() > 10
+        else:
+            assert path.read_text().rstrip().endswith("</svg>")
+    return text, json.loads((out / "numbers.json").read_text())
+
+
+def test_a_report_into_the_run_folder(trained, capsys):
+    assert run("--run", trained, "--rows", 3) == 0
+    text, found = read(trained / "inspect", capsys.readouterr().out)
+    assert text.startswith("# Inside run at step 4\n")
+    assert f"`python -m experiments.inspect --run {trained} --rows 3`" in text
+    losses = json.loads((trained / "summary.json").read_text())
+    assert f"| validation loss there | {losses['valid_loss']:.4f} nats per token |" in text
+    for words in ("weight on registers", "weight on origin sink", "rows that need the gate"):
+        assert words in text
+    assert (found["step"], found["rows"], found["has_bound"]) == (4, 3, True)
+    assert 0 < found["text_tokens"] <= 3 * 16
+    numbers = {name: np.array(values) for name, values in found["numbers"].items()}
+    # RBF weighs nearly evenly at the start, over one register, a sink and text.
+    assert np.allclose(numbers["entropy"], found["uniform"]["entropy"], rtol=0.1)
+    assert (numbers["sink_mass"] > 0.02).all()
+    assert (numbers["register_mass"] > 0.02).all()
+    assert numbers["register_value_norm"].shape == (1, 1)
+    assert not np.allclose(numbers["gamma"], 1 / np.sqrt(8), atol=1e-7)
+
+
+def test_another_model(train_tiny, tmp_path, capsys):
+    folder = train_tiny(
+        "dot", model__attention__kind="dot", model__num_registers=4, data__layout="padded"
+    )
+    assert run("--run", folder, "--out", tmp_path / "out", "--checkpoint", "best") == 0
+    text, found = read(tmp_path / "out", capsys.readouterr().out)
+    assert not (folder / "inspect").exists()
+    assert "weight on registers" in text
+    assert "weight on origin sink" not in text
+    assert "rows that need the gate" not in text
+    assert not found["has_bound"]
+    assert np.shape(found["numbers"]["register_key_norm"]) == (1, 4)
+    assert found["rows"] == 8
+    assert found["text_tokens"] < 8 * 16
+
+
+def test_a_step_without_evaluation(trained, tmp_path, capsys):
+    assert run("--run", trained, "--out", tmp_path, "--checkpoint", "2", "--rows", 1) == 0
+    text, found = read(tmp_path, capsys.readouterr().out)
+    assert "| checkpoint | step 2 of 4 |" in text
+    assert "| validation loss there | — |" in text
+    assert found["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint=3"], "holds no checkpoint 3; it holds"),
+        (["--run={young}"], "holds no checkpoint yet"),
+        (["--run=nowhere"], "no config.json is in it"),
+        (["--out={file}"], "file"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, trained, tmp_path, capsys):
+    young, file = tmp_path / "young", tmp_path / "file"
+    shutil.copytree(trained, young)
+    shutil.rmtree(young / "checkpoints")
+    file.touch()
+    arguments = [argument.format(young=young, file=file) for argument in arguments]
+    assert run("--run", trained, "--rows=1", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("inspect: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("argument", ["--checkpoint=first", "--rows=0", "--rnu=x"])
+def test_wrong_arguments(argument, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        run("--run=x", argument)
+    assert exit_info.value.code == 2
+    assert argument.split("=")[-1] in capsys.readouterr().err
