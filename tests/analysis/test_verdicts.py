@@ -64,7 +64,10 @@ CURVES = {
         "base against kind=dot": {
             "final_difference": estimate(-0.02),
             "steps_saved": estimate(30, 5),
-        }
+        },
+        "base against kind=dot,positions=rope,register_init=normal": {
+            "final_difference": estimate(-0.02)
+        },
     }
 }
 STABILITY = {"base": {"log_gradient_less_dot": estimate(-0.5)}, "kind=dot": {}}
@@ -157,6 +160,9 @@ def test_overall():
     assert verdict(6) == NOT
     assert verdict(6, sensitivity__RBF__best_less_dot=estimate(0.0)) == IN_PART
     assert verdict(6, sensitivity__RBF__best_less_dot=estimate(0.02)) == HOLDS
+    twins = "loss_curves__differences__base against kind=dot,positions=rope,register_init=normal"
+    assert verdict(6, **{f"{twins}__final_difference": estimate(0.0, 0.05)}) == IN_PART
+    assert verdict(6, **{f"{twins}__final_difference": estimate(0.02)}) == HOLDS
 
 
 def test_what_was_not_measured_is_not_decided():

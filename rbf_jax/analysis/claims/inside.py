@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from rbf_jax.analysis.claims.panels import figure, kind, line_style, styled, the, where
+from rbf_jax.analysis.claims.panels import (
+    figure,
+    kind,
+    legend_above,
+    line_style,
+    styled,
+    the,
+    where,
+)
 from rbf_jax.analysis.diagnostics import QUANTILES
 from rbf_jax.analysis.records import Record
 from rbf_jax.analysis.style import MASKED_COLOR, REGISTER_COLOR, WEIGHTS_COLORMAP
@@ -119,5 +127,8 @@ def key_norms(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
         ylabel="‖k‖",
         yscale="log",
     )
-    axis.legend(fontsize=7)
+    for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        formatted("{x:g}")
+    axis.tick_params(axis="y", which="minor", labelsize=6.5)
+    legend_above(made, axis, columns=5)
     return made, numbers

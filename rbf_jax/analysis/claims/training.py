@@ -64,7 +64,7 @@ def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     ours = the(records, kind="rbf", positions="susie", qk_norm=False)
     if twin is not None and ours is not None:
         rows.append((ours, twin))
-    labels = [f"{kind(a)}, {panels.positions(a)}" for a, _ in rows]
+    labels = [f"{kind(a)}, {panels.positions(a)}".replace(" product", "") for a, _ in rows]
     if twin is not None and ours is not None:
         labels[-1] = "RBF, original's twins"
     forest(
