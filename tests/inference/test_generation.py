@@ -44,6 +44,9 @@ def test_the_seed_says_what_is_drawn(small):
     assert draw([PROMPTS[0]], 0)[0] == texts[0]  # whatever the others are
     same = draw([[7]] * 3, 0)
     assert same[0] != same[1] != same[2] != same[0]
+    nothing = jax.tree.map(np.zeros_like, variables)  # all tokens are equally likely, always
+    (text,) = complete(model, nothing, [[7]], max_new_tokens=9)
+    assert len(set(text)) > 3
 
 
 def test_texts_end_one_by_one(small):
