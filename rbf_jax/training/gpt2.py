@@ -110,7 +110,7 @@ class GPT2Folder:
         """
         tensors = _Tensors(self.path, read_tensors(self.path))
         D, N, V = self.fields["d_model"], self.fields["num_heads"], self.vocab_size
-        params = {
+        params: dict[str, Any] = {
             "embedding": {"embedding": tensors.take("wte.weight", V, D)},
             "position_embedding": {"embedding": tensors.take("wpe.weight", self.num_positions, D)},
             "final_norm": _norm(tensors, "ln_f", D),

@@ -49,7 +49,7 @@ class MetricsFile:
         Raises:
           ValueError: a line that is not the last is not a JSON object with a step.
         """
-        self.lines = [line for line in _read_lines(path) if line["step"] <= last_step]
+        self.lines = [line for line in read_lines(path) if line["step"] <= last_step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._file = path.open("a", encoding="utf-8")
 
@@ -75,10 +75,15 @@ def read_valid_losses(path: Path) -> dict[int, float]:
     Raises:
       ValueError: a line that is not the last is not a JSON object with a step.
     """
-    return {line["step"]: line["loss"] for line in _read_lines(path) if line["split"] == "valid"}
+    return {line["step"]: line["loss"] for line in read_lines(path) if line["split"] == "valid"}
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a run's metrics.jsonl, each with at least step and split; [] if none.
+
+    Raises:
+      ValueError: a line that is not the last is not a JSON object with a step.
+    """
     if not path.exists():
         return []
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,12 +63,6 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     return _with_promotion(adamw)
 
 
-class AnnealState(NamedTuple):
-    """Updates done, int32 ()."""
-
-    count: jax.Array
-
-
 def anneal_to_one(steps: int) -> optax.GradientTransformation:
     """Leads parameters to 1 in a straight line, from wherever each starts, whatever the gradient.
 
@@ -80,13 +74,13 @@ def anneal_to_one(steps: int) -> optax.GradientTransformation:
     """
 
     def update(
-        updates: optax.Updates, state: AnnealState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, AnnealState]:
+        updates: optax.Updates, done: jax.Array, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, jax.Array]:
         del updates
-        left = jnp.maximum(steps - state.count, 1).astype(jnp.float32)
-        return jax.tree.map(lambda x: (1 - x) / left, params), AnnealState(state.count + 1)
+        left = jnp.maximum(steps - done, 1).astype(jnp.float32)
+        return jax.tree.map(lambda x: (1 - x) / left, params), done + 1
 
-    return optax.GradientTransformation(lambda _: AnnealState(jnp.zeros((), jnp.int32)), update)
+    return optax.GradientTransformation(lambda _: jnp.zeros((), jnp.int32), update)
 
 
 def _annealed_or_learned(params: Any) -> Any:

@@ -6,7 +6,15 @@ from experiments import config_files
 from rbf_jax.training.config import differences, validate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RUNS = ["smoke.py", "demo.py:rbf", "demo.py:dot", "stories_rbf.py", "stories_dot.py"]
+RUNS = [
+    "smoke.py",
+    "demo.py:rbf",
+    "demo.py:dot",
+    "stories_rbf.py",
+    "stories_dot.py",
+    "stories_gpt2.py",
+    "convert.py",
+]
 
 
 def read(name):
