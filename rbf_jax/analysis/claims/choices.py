@@ -97,12 +97,11 @@ def positions(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     panels.rows(axes[0, 0], names)
     if shown:
         legend_above(made, axes[0, 0], columns=2)
-    forest(
-        axes[0, 1],
-        names,
-        [paired.difference(a, b) for a, b in shown],
-        [line_style(a) for a, _ in shown],
-    )
+    differences = [paired.difference(a, b) for a, b in shown]
+    forest(axes[0, 1], names, differences, [line_style(a) for a, _ in shown])
+    losses = [paired.estimate(paired.loss(r)) for pair in shown for r in pair]
+    panels.limit_to_most(axes[0, 0], losses)
+    panels.limit_to_most(axes[0, 1], differences)
     axes[0, 0].set(title="Final validation loss", xlabel="nats per token; 95 % interval")
     axes[0, 1].set(title="RBF less dot product", xlabel="nats per token; 95 % interval, paired")
     numbers: dict[str, Any] = {}
@@ -151,12 +150,16 @@ def lengths(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             xlabel="context, tokens",
             ylabel="validation loss, nats per token",
         )
-        axis.legend(fontsize=7)
-    low = min(axis.get_ylim()[0] for axis in axes[0])
-    high = max(axis.get_ylim()[1] for axis in axes[0])
+    # Those that have no longer contexts may run out of the picture.
+    goes_on = [np.array([*r.lengths.values()]) for r in records if len(r.lengths) > 1]
+    if goes_on and all(np.isfinite(values).all() for values in goes_on):
+        low, high = (min(v.min() for v in goes_on), max(v.max() for v in goes_on))
+        for axis in axes[0]:
+            axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     for axis in axes[0]:
-        axis.set_ylim(low, high)
         axis.minorticks_off()
+    if axes[0, 0].lines:
+        legend_above(made, axes[0, 0], columns=5)
     return made, numbers
 
 
