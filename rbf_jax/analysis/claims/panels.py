@@ -130,13 +130,12 @@ def forest(
 def limit_to_most(axes: Axes, estimates: Sequence[paired.Estimate]) -> None:
     """Keeps means and most intervals in sight: one ten times as wide as the median runs out."""
     known = [e for e in estimates if e.n > 1]
-    if not known:
-        return
-    most = 10 * float(np.median([e.high - e.low for e in known]))
+    most = 10 * float(np.median([e.high - e.low for e in known] or [0]))
     ends = [x for e in known if e.high - e.low <= most for x in (e.low, e.high)]
     ends += [e.mean for e in known]
-    space = 0.06 * (max(ends) - min(ends))
-    axes.set_xlim(min(ends) - space, max(ends) + space)
+    low, high = min(ends, default=0), max(ends, default=0)
+    if low < high:
+        axes.set_xlim(low - 0.06 * (high - low), high + 0.06 * (high - low))
 
 
 def result_numbers(records: Sequence[Record], reference: Record | None) -> dict[str, Any]:
