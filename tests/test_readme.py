@@ -13,6 +13,8 @@ from experiments import (
     compare,
     config_files,
     evaluate,
+    export,
+    generate,
     inspect,
     sweep,
 )
@@ -54,6 +56,8 @@ def test_command_line_is_understood(command, tmp_path, monkeypatch):
         "experiments.evaluate": evaluate.main,
         "experiments.compare": compare.main,
         "experiments.inspect": inspect.main,
+        "experiments.generate": generate.main,
+        "experiments.export": export.main,
         "experiments.bench_attention": bench_attention.main,
         "experiments.bench_training": bench_training.main,
     }[argv[0]]
