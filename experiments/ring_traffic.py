@@ -57,8 +57,9 @@ class Layer:
         keys = tokens * self.kv_heads * self.head_dim
         rows = tokens * self.heads * 4  # the logsumexp, float32
         turns = devices - 1
-        forward = turns * 2 * keys * item
-        backward = turns * 2 * keys * (item + 4) + 2 * keys * 4  # gradients are float32
+        block = 2 * keys * item + tokens * self.kv_heads * 4  # the norms are float32
+        forward = turns * block
+        backward = turns * (block + 2 * keys * 4) + 2 * keys * 4  # so are gradients
         if causal:  # into zig-zag order and back
             forward += (queries + 2 * keys) * item + queries * 4 + rows
             # q, k and v are kept in that order from the forward pass.
@@ -72,9 +73,25 @@ class Layer:
         operations, backward 2.5 times as many. Without one it is twice as many, and half the
         tokens are enough.
         """
-        sent, computed = 2 * self.kv_heads * self.head_dim, 2 * self.heads * self.head_dim
-        forward = sent * self.item_bytes / link * flops / computed
-        return forward, sent * (self.item_bytes + 4) / link * flops / (2.5 * computed)
+        computed = 2 * self.heads * self.head_dim
+        gradients = 2 * self.kv_heads * self.head_dim * 4
+        block = 2 * self.kv_heads * self.head_dim * self.item_bytes + self.kv_heads * 4
+        forward = block / link * flops / computed
+        return forward, (block + gradients) / link * flops / (2.5 * computed)
+
+    def norms(self, devices: int, causal: bool) -> dict[str, float]:
+        """What a key's norm costs a device, sent round or made again in every turn.
+
+        Each pair of chunks would make those of its key chunk: under a causal rule twice a turn.
+        """
+        times = devices * (2 if causal else 1)
+        key, norm = self.head_dim * self.item_bytes, 4
+        return {
+            "share_of_block": norm / (2 * key + norm),
+            "sent_bytes": (devices - 1) * norm,
+            "made_flops": times * 2 * self.head_dim,
+            "made_memory_bytes": times * (key + norm),
+        }
 
 
 def bytes_sent(program: str) -> int:
@@ -208,6 +225,13 @@ def main(argv: Sequence[str]) -> int:
             f"causal, {given.tflops:.0f} TFLOP/s, {link} a direction: hidden from {forward:,.0f} "
             f"tokens per device on, backward {backward:,.0f}"
         )
+    norms = {str(devices): layer.norms(devices, causal=True) for devices in given.devices}
+    for devices, one in norms.items():
+        print(
+            f"causal, {devices} devices, a key's norm: {one['sent_bytes']} bytes sent, "
+            f"{one['share_of_block']:.2%} of a block; made again, {one['made_flops']:,} "
+            f"operations and {one['made_memory_bytes']:,} bytes of memory traffic"
+        )
     from rbf_jax import environment
 
     result = {
@@ -216,6 +240,7 @@ def main(argv: Sequence[str]) -> int:
         "layer": dataclasses.asdict(layer),
         "tflops": given.tflops,
         "hidden_above_tokens": hidden,
+        "causal_key_norms": norms,
         "rows": rows,
     }
     write_text(Path(given.out), json.dumps(result, indent=1) + "\n")

@@ -1,9 +1,10 @@
-"""Ring attention: sequences split over devices, blocks of keys and values passed round.
+"""Ring attention: sequences split over devices, blocks of keys, values and norms passed round.
 
 Every device keeps its queries, attends to the block of keys and values that it holds, and hands the
-block to its neighbour, n times (Liu et al., arXiv:2310.01889). With RBF attention nothing else is
-needed: the parts of a row are merged by their logsumexps, and the key norms are made from the keys.
-The backward pass sends the blocks round again, each with the gradients that it has gathered.
+block to its neighbour, n times (Liu et al., arXiv:2310.01889). The parts of a row are merged by
+their logsumexps. The key norms travel with their keys: they are less than a hundredth of a block,
+and each device would have to read all keys once more to make them. The backward pass sends the
+blocks round again, each with the gradients that it has gathered.
 
 Under a causal rule contiguous parts would leave the first devices idle. The sequence is cut into 2n
 chunks instead, and device i is given chunks i and 2n − 1 − i ("zig-zag"): then every device has the
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbf_jax.ops.types import Inputs, Masking, Options, accumulation_dtype
+from rbf_jax.ops.types import Inputs, Masking, Options, accumulation_dtype, squared_norms
 from rbf_jax.ops.vjp import Gradients, Passes, Residuals, with_custom_vjp
 
 
@@ -113,6 +114,7 @@ class _Block(NamedTuple):
 
     key: jax.Array  # (m, B, S', K, H)
     value: jax.Array
+    norms: jax.Array  # (m, B, S', K), accumulation dtype
     segments: jax.Array | None  # (m, B, S')
 
 
@@ -137,9 +139,8 @@ class _Part:
             whole = mask.shape[2] == 1
             mask = jnp.stack([mask] * ring.chunks) if whole else ring.split(mask, 2)
         self.rows = _Rows(self.split(inputs.query), self.split(masking.query_segments), mask)
-        self.block = _Block(
-            self.split(inputs.key), self.split(inputs.value), self.split(masking.key_segments)
-        )
+        key, value = self.split(inputs.key), self.split(inputs.value)
+        self.block = _Block(key, value, squared_norms(key), self.split(masking.key_segments))
 
     def split(self, array: Any) -> Any:
         """(B, length, ...) to chunks, first; None stays None."""
@@ -152,7 +153,7 @@ class _Part:
         query_chunk = ring.chunk(self.device, row)
         key_chunk = ring.chunk((self.device - turn) % ring.size, column)
         query, query_segments, mask = jax.tree.map(lambda x: x[row], self.rows)
-        key, value, key_segments = jax.tree.map(lambda x: x[column], block)
+        key, value, norms, key_segments = jax.tree.map(lambda x: x[column], block)
         first_query, first_key = query_chunk * ring.query_chunk, key_chunk * ring.key_chunk
         if mask is not None and mask.shape[3] > 1:
             mask = lax.dynamic_slice_in_dim(mask, first_key, ring.key_chunk, 3)
@@ -167,7 +168,7 @@ class _Part:
         return (
             row,
             column,
-            self.inputs._replace(query=query, key=key, value=value),
+            self.inputs._replace(query=query, key=key, value=value, key_norms=norms),
             Masking(
                 mask,
                 rest(masking.query_lengths, first_query, ring.query_chunk),

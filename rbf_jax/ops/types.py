@@ -33,7 +33,7 @@ class Masking(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The differentiable arrays.
+    """The differentiable arrays, and what has been made of them already.
 
     Attributes:
       query: (B, T, N, H).
@@ -41,6 +41,8 @@ class Inputs(NamedTuple):
       value: (B, S, K, H).
       gamma: (N,), bandwidth γ per query head, accumulation dtype.
       key_norm_weight: (N,), λ per query head, accumulation dtype.
+      key_norms: of `squared_norms`, (B, S, K), where they are at hand; None where the
+        implementation is to make them. Gradients are those of the keys in either case.
     """
 
     query: jax.Array
@@ -48,6 +50,11 @@ class Inputs(NamedTuple):
     value: jax.Array
     gamma: jax.Array
     key_norm_weight: jax.Array
+    key_norms: jax.Array | None = None
+
+    def squared_key_norms(self) -> jax.Array:
+        """‖k‖², (B, S, K), accumulation dtype."""
+        return squared_norms(self.key) if self.key_norms is None else self.key_norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +84,11 @@ class Options:
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype of logits, norms, sums and logsumexp: float32, or float64 for float64 inputs."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def squared_norms(key: jax.Array) -> jax.Array:
+    """‖k‖² over the last axis, in the accumulation dtype."""
+    return jnp.sum(jnp.square(key.astype(accumulation_dtype(key.dtype))), axis=-1)
 
 
 def group_heads(per_head: jax.Array, num_kv_heads: int) -> jax.Array:

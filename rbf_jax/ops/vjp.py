@@ -120,6 +120,7 @@ def with_custom_vjp(passes: Passes) -> Forward:
             value=gradients.value.astype(inputs.value.dtype),
             gamma=query_moment / gamma - key_norm_weight * norm_moment,
             key_norm_weight=-gamma * norm_moment,
+            key_norms=None,  # What they contribute is in the gradient of the keys.
         ), None
 
     call.defvjp(call_forward, call_backward)

@@ -99,7 +99,7 @@ class _Call(NamedTuple):
         columns = _Axis.cut(inputs.key.shape[1], limits[1])
         key = _heads_first(inputs.key, K, columns)[:, :, 0]
         value = _heads_first(inputs.value, K, columns)[:, :, 0]
-        key_norms = jnp.sum(jnp.square(key.astype(dtype)), axis=-1)[:, :, None, None, :]
+        key_norms = _heads_first(inputs.squared_key_norms(), K, columns)[:, :, :, None]
         gamma = group_heads(inputs.gamma, K)
         return cls(
             rows=rows,
@@ -293,7 +293,7 @@ def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, opti
     column_sums = column_sums.reshape(*key.shape[:3], -1)  # B S K G
     norm_weight = (2 * inputs.gamma * inputs.key_norm_weight).reshape(1, 1, K, -1)
     dk -= jnp.sum(column_sums * norm_weight, axis=-1, keepdims=True) * key
-    norms = jnp.sum(key * key, axis=-1, keepdims=True)  # B S K 1
+    norms = inputs.squared_key_norms()[..., None]  # B S K 1
     return Gradients(
         dq,
         dk,

@@ -15,7 +15,7 @@ def test_program_sends_what_the_algorithm_says(causal):
     length, devices = 256, 2
     forward, both = LAYER.predicted(length, devices, causal)
     rows = length // devices * LAYER.heads * 4 if causal else 0  # nobody asks for the logsumexp
-    block = 2 * length // devices * LAYER.kv_heads * LAYER.head_dim * 4
+    block = length // devices * LAYER.kv_heads * (2 * LAYER.head_dim + 1) * 4  # k, v and norms
     found = ring_traffic.compiled_bytes(LAYER, length, devices, causal)
     assert found == (forward - rows, both - block)
 
@@ -46,8 +46,17 @@ def test_turns_of_loops_count():
 
 def test_hidden():
     forward, backward = ring_traffic.Layer().hidden_above(400e12, 450e9)
-    assert forward == pytest.approx(1778, rel=1e-3)
-    assert backward == pytest.approx(forward * 3 / 2.5)
+    # 16-bit keys and values, a norm for each key; and two float32 gradients.
+    assert forward == pytest.approx(400e12 / 450e9 * (4 * 128 + 4) / (2 * 128))
+    assert backward == pytest.approx(forward * (12 * 128 + 4) / (4 * 128 + 4) / 2.5)
+
+
+def test_norms_are_less_to_send_than_to_make_again():
+    norms = ring_traffic.Layer().norms(8, causal=True)
+    assert norms["share_of_block"] == pytest.approx(1 / 129)
+    assert norms["sent_bytes"] == 7 * 4
+    assert norms["made_memory_bytes"] == 8 * 2 * (128 * 2 + 4)
+    assert norms["made_flops"] == 8 * 2 * 2 * 128
 
 
 def test_table_is_written(tmp_path, monkeypatch, capsys):
@@ -59,4 +68,5 @@ def test_table_is_written(tmp_path, monkeypatch, capsys):
     assert ring_traffic.main(["", "--lengths=64", "--devices=4,8", f"--out={out}"]) == 0
     found = json.loads(out.read_text())
     assert [row["devices"] for row in found["rows"]] == [4, 8, 4, 8]
+    assert set(found["causal_key_norms"]) == {"4", "8"}
     assert "| causal | 64 | 8 |" in capsys.readouterr().out

@@ -10,7 +10,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
+from rbf_jax.ops.types import Inputs, Masking, Options, squared_norms
+from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME, Residuals
+from rbf_jax.ops.xla import PASSES as xla_passes
 
 xla = functools.partial(rbf_attention, implementation="xla")
 reference = functools.partial(rbf_attention, implementation="reference")
@@ -57,6 +59,22 @@ def test_vmap_equals_a_loop(arrays, small_blocks, attend):
     single = jax.jit(gradients)
     want = [single(*x) for x in zip(q, k, v, dout, lengths, gammas, strict=True)]
     assert_close(got, jax.tree.map(lambda *x: jnp.stack(x), *want))
+
+
+def test_norms_that_are_given_are_not_made_again(arrays, small_blocks):
+    """As blocks of a ring bring them: here twice what they are, as if λ were."""
+    q, k, v, dout = arrays
+    gamma, weight = jnp.array([0.2, 0.3]), jnp.array([0.5, 0.9])
+    inputs = Inputs(q, k, v, gamma, weight, 2 * squared_norms(k))
+    given = xla_passes.forward(inputs, Masking(), Options())
+    doubled = Inputs(q, k, v, gamma, 2 * weight)
+    assert_close(given, xla_passes.forward(doubled, Masking(), Options()))
+    residuals = Residuals(inputs, Masking(), *given)
+    gradients = xla_passes.backward(residuals, dout, jnp.zeros(given[1].shape), Options())
+    residuals = Residuals(doubled, Masking(), *given)
+    want = xla_passes.backward(residuals, dout, jnp.zeros(given[1].shape), Options())
+    assert_close(gradients.query, want.query)
+    assert_close(gradients.norm_moment, 2 * want.norm_moment)
 
 
 def test_remat_keeps_the_named_residuals(arrays):

@@ -1,7 +1,7 @@
 """RBF attention by Triton kernels: what surrounds the kernels, and how each is called.
 
-Key norms are made beforehand, once per key, by XLA. The kernels import Triton, so they are
-imported where they are called.
+Key norms are made beforehand, once per key, by XLA, unless the caller has them. The kernels import
+Triton, so they are imported where they are called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rbf_jax.ops.partition import by_batch_and_heads
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.triton.tiles import Pass, Tiles, choose, overridden, padded_head_dim
-from rbf_jax.ops.types import Inputs, Masking, Options
+from rbf_jax.ops.types import Inputs, Masking, Options, squared_norms
 from rbf_jax.ops.vjp import Gradients, Passes, Residuals, with_custom_vjp
 from rbf_jax.ops.vmap import folding_vmap
 
@@ -50,6 +50,7 @@ class _Full(NamedTuple):
     query: jax.Array
     key: jax.Array
     value: jax.Array
+    key_norms: jax.Array | None  # (B, S, K)
     query_lengths: jax.Array | None
     key_lengths: jax.Array | None
     query_segments: jax.Array | None
@@ -91,6 +92,7 @@ def _split(inputs: Inputs, masking: Masking) -> tuple[_Full, _Shared]:
         query_segments, key_segments = query_segments.astype(dtype), key_segments.astype(dtype)
     full = _Full(
         *inputs[:3],
+        inputs.key_norms,
         masking.query_lengths,
         masking.key_lengths,
         query_segments,
@@ -138,8 +140,8 @@ class _Call:
             segments=full.query_segments is not None,
             mask=shared.mask is not None,
         )
-        key = full.key.astype(jnp.float32)
-        norms = jnp.sum(key * key, axis=-1).swapaxes(1, 2)
+        norms = squared_norms(full.key) if full.key_norms is None else full.key_norms
+        norms = norms.swapaxes(1, 2)
         self.norms = jnp.pad(norms, [(0, 0), (0, 0), (0, _aligned(self.S) - self.S)])
         slopes = jnp.zeros_like(shared.gamma) if shared.slopes is None else shared.slopes
         numbers = (2 * shared.gamma, shared.gamma * shared.key_norm_weight, slopes)
@@ -242,6 +244,7 @@ def _forward_kernels(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Arr
 _ROLES = {
     **dict.fromkeys(("query", "out", "dout"), "b.n."),
     **dict.fromkeys(("key", "value"), "b.k."),
+    "key_norms": "b.k",
     **dict.fromkeys(("query_lengths", "key_lengths", "query_offset"), "b"),
     **dict.fromkeys(("query_segments", "key_segments"), "b."),
     **dict.fromkeys(("gamma", "key_norm_weight", "slopes"), "bn"),

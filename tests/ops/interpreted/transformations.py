@@ -13,7 +13,7 @@ from rbf_jax.ops import xla
 from rbf_jax.ops.ring import Ring, ring_attention
 from rbf_jax.ops.triton import attention
 from rbf_jax.ops.triton.tiles import Tiles, override_tiles
-from rbf_jax.ops.types import Inputs, Masking, Options
+from rbf_jax.ops.types import Inputs, Masking, Options, squared_norms
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 
 TILES = Tiles(16, 16, 1, 1)
@@ -161,6 +161,17 @@ def test_strict_rank_promotion():
         given = arguments(np.random.default_rng(9))
         ones = jnp.ones((B, T, N, H), jnp.float32), jnp.ones((B, T, N), jnp.float32)
         assert jnp.isfinite(everything(given, *ones)[0]).all()
+
+
+def test_norms_that_are_given_are_not_made_again():
+    """As blocks of a ring bring them: here twice what they are, as if λ were."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(x, (B, n, h, H)) for x, n, h in zip(keys, (T, S, S), (N, K, K)))
+    gamma, weight = jnp.array([0.2, 0.3]), jnp.array([0.5, 0.9])
+    given = Inputs(q, k, v, gamma, weight, 2 * squared_norms(k))
+    doubled = Inputs(q, k, v, gamma, 2 * weight)
+    results = [attention.PASSES.forward(x, Masking(), Options()) for x in (given, doubled)]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *results)
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "segments"])
