@@ -1,5 +1,6 @@
 import math
 import multiprocessing
+import threading
 from typing import ClassVar
 
 import optuna
@@ -214,6 +215,18 @@ def test_processes_share_the_trials(make):
     for process in processes:
         process.join()
     assert sorted(numbers) == list(range(20))
+
+
+def test_a_trial_is_taken_under_the_lock_of_the_study(make):
+    study, claimed = make(), []
+    thread = threading.Thread(target=lambda: claimed.append(study.claim()))
+    with study.folder.locked("study"):  # As another worker that takes one has it.
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+        assert not claimed
+    thread.join(30)
+    assert [claim.trial.number for claim in claimed] == [0]
 
 
 def test_another_sweep_in_the_folder_is_an_error(make, tmp_path):
