@@ -103,6 +103,10 @@ def append(
       lengths: int32 (B,), the tokens after, `starts` to `starts` + T.
       num_registers: R.
     """
+    if key.shape[1] == 1:
+        # And one that is dropped. Of a single write XLA makes an update of a slice, which on a CPU
+        # it fuses with what reads it, at the price of several copies of the cache.
+        key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (key, value))
     B, T = key.shape[:2]
     num_slots = cache.key.shape[2] - num_registers
     positions = starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None]

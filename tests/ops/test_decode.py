@@ -166,6 +166,21 @@ def test_norms_are_those_of_the_keys_as_they_are_kept():
     np.testing.assert_array_equal(whole, half)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_copies_no_keys(rows):
+    """Given away, the cache is written where it is; also the one row, of which XLA thinks apart."""
+    cache = caches.empty(rows, K, R + 4096, H, jnp.float32)
+    tokens = [jnp.zeros((rows, 1, heads, H)) for heads in (N, K, K)]
+    places = jnp.zeros(rows, jnp.int32), jnp.ones(rows, jnp.int32)
+
+    def step(cache, query, key, value, starts, lengths):
+        cache = caches.append(cache, key, value, starts, lengths, R)
+        return cache, decode.attend(query, cache, starts, lengths, num_registers=R)
+
+    compiled = jax.jit(step, donate_argnums=0).lower(cache, *tokens, *places).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < cache.key.nbytes
+
+
 def test_wrong_input_is_an_error():
     query, key, value = _arrays()
     zeros = jnp.zeros(B, jnp.int32)
