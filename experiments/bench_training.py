@@ -92,8 +92,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def prepare(config: Any, vocab_size: int) -> Running:
-    """Makes the state of a run, its step and a batch of random tokens, on the first device.
+def prepare(config: Any, vocab_size: int, devices: Sequence[Any] | None = None) -> Running:
+    """Makes the state of a run, its step and a batch of random tokens.
+
+    Args:
+      config: with the keys of configs/base.py; its mesh is laid over the devices.
+      vocab_size: V.
+      devices: by default the first.
 
     Raises:
       ValueError: the configuration is wrong.
@@ -109,8 +114,9 @@ def prepare(config: Any, vocab_size: int) -> Running:
     from rbf_jax.training.state import create_state
     from rbf_jax.training.step import compile_train_step
 
-    validate(config, 1)
-    mesh = make_mesh(devices=jax.devices()[:1])
+    devices = jax.devices()[:1] if devices is None else devices
+    validate(config, len(devices))
+    mesh = make_mesh(config.mesh, devices)
     model = CausalLM(model_config(config, vocab_size))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = create_state(model, optimizer, config.seed, mesh)
