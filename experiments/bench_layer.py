@@ -113,7 +113,7 @@ def measure(length: int, clock: Clock, options: argparse.Namespace) -> list[dict
 def table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Milliseconds, and how many times the first layer's they are."""
     grid = Table(title=title)
-    grid.add_column("T", justify="right")
+    grid.add_column("T", justify="right", no_wrap=True)
     grid.add_column("layer", no_wrap=True)
     directions = {"forward": "fwd", "forward+backward": "fwd+bwd"}
     for short in directions.values():

@@ -11,9 +11,10 @@ from scipy import stats
 from rbf_jax.analysis.comparison import steps_to_reach
 from rbf_jax.analysis.records import Record
 
-# A step is a spike where its training loss is so many nats above the median of those before it.
-SPIKE_NATS = 0.2
-SPIKE_WINDOW = 50
+# A step is a spike where its training loss is so many nats above the median of those before it: of
+# few, since a loss that falls hides spikes from the median of many.
+SPIKE_NATS = 0.3
+SPIKE_WINDOW = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +110,9 @@ def spikes(record: Record) -> np.ndarray:
     NaN for seeds that diverged."""
     losses = record.train["loss"]
     counts = np.zeros(losses.shape[1])
-    for start in range(SPIKE_WINDOW, len(losses)):
-        before = np.median(losses[start - SPIKE_WINDOW : start], axis=0)
-        counts += losses[start] > before + SPIKE_NATS
+    for step in range(3, len(losses)):
+        before = np.median(losses[max(step - SPIKE_WINDOW, 0) : step], axis=0)
+        counts += losses[step] > before + SPIKE_NATS
     return np.where(np.isfinite(losses).all(0), counts, np.nan)
 
 

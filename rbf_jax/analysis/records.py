@@ -37,7 +37,8 @@ class Record:
       valid: "step" (m,), every train.eval_every steps; "loss", "bits_per_byte" (m, n), and
         "seconds" (m,), spent in training all seeds together.
       lengths: context length → validation loss (n,) after the last step.
-      inside: what `rbf_jax.analysis.diagnostics.diagnose` says after the last step, each (n, …).
+      inside: what `rbf_jax.analysis.diagnostics.diagnose` says after the last step, each (n, …);
+        attention_map, which is large, of the first seed alone, (1, …).
       tokens: the text whose attention weights are in `inside`, as strings.
       summary: as in an ensemble's summary.json: parameters, tokens, device, versions, date.
     """
@@ -73,14 +74,18 @@ def from_ensemble(name: str, folder: Path) -> Record:
         inspected=_columns(lines["inspect"]),
         valid=_columns(lines["valid"]),
         lengths={x["length"]: _array(x["loss"]) for x in lines.get("length", ())},
-        inside={k: _array(x) for k, x in inside.items() if k not in ("step", "tokens")},
+        inside={
+            key: _array(values[:1] if key == "attention_map" else values)
+            for key, values in inside.items()
+            if key not in ("step", "tokens")
+        },
         tokens=tuple(inside["tokens"]),
         summary=summary,
     )
 
 
 def write_record(record: Record, path: Path) -> None:
-    """Writes a record: JSON lines, xz, numbers rounded to 5 digits."""
+    """Writes a record: JSON lines, xz, numbers rounded to 5 digits, those of maps to 3."""
     head = {
         "name": record.name,
         "config": record.config,
@@ -91,7 +96,9 @@ def write_record(record: Record, path: Path) -> None:
     lines: list[dict[str, Any]] = [head]
     for section in _SECTIONS:
         for column, values in getattr(record, section).items():
-            lines.append({"section": section, "column": column, "values": _rounded(values)})
+            digits = 3 if column == "attention_map" else _DIGITS
+            values = _rounded(values, digits)
+            lines.append({"section": section, "column": column, "values": values})
     content = "".join(json.dumps(line) + "\n" for line in lines)
     with replacing(path) as file:
         file.write(lzma.compress(content.encode()))
@@ -157,11 +164,11 @@ def _array(values: Any) -> np.ndarray:
     return array if array.dtype.kind == "i" else np.asarray(values, np.float64)
 
 
-def _rounded(values: Any) -> Any:
+def _rounded(values: Any, digits: int) -> Any:
     if isinstance(values, np.ndarray):
         values = values.tolist()
     if isinstance(values, list):
-        return [_rounded(value) for value in values]
+        return [_rounded(value, digits) for value in values]
     if isinstance(values, int):
         return values
-    return float(f"{values:.{_DIGITS}g}") if math.isfinite(values) else None
+    return float(f"{values:.{digits}g}") if math.isfinite(values) else None

@@ -78,8 +78,9 @@ def layer_profile(_: Any) -> tuple[Figure, dict[str, Any]]:
                 label=name,
             )
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.minorticks_off()
         axis.set(title=title, xlabel="T", ylabel=ylabel)
+        axis.set_ylim(bottom=0)
     legend_above(made, axes[0, 0], columns=3)
     settings = content["settings"]
     made.supxlabel(

@@ -118,7 +118,8 @@ def _kernel(profile: Numbers) -> tuple[str, str]:
     code = sum(len(p.read_text().splitlines()) for p in folder.glob("*.py"))
     text = (
         f"H 64, causal: {_range(without)} times the dot product's time without a kernel, "
-        f"{_range(fused)} with ours, which is {code:,} lines of Triton and Python; "
+        f"{_range(fused)} with ours, which is some {round(code, -2):,} lines of Triton and "
+        "Python; "
         "a call of `rbf_attention` costs its user none of that"
     )
     return text, HOLDS if min(without) > 1.2 * min(fused) else NOT
@@ -234,8 +235,8 @@ def _slowdowns(rows: list[Numbers], name: str, reference: str) -> list[float]:
 
 
 def _range(values: list[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
+    ends = dict.fromkeys(f"{value:.2f}" for value in (min(values), max(values)))
+    return " to ".join(ends)
 
 
 def _signed(value: Numbers, digits: int = 4) -> str:
