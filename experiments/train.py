@@ -91,7 +91,8 @@ def _abandon() -> NoReturn:
     traceback.print_exc()
     _fail(
         "this process ends, and so do the others: either it failed by itself, as above, or another "
-        "has gone, whose output then says why; the same commands go on from the last checkpoint.",
+        "has gone, whose output then says why, unless it was killed; the same commands go on from "
+        "the last checkpoint.",
         1,
     )
     sys.stdout.flush()
