@@ -14,10 +14,12 @@ from experiments import (
     config_files,
     evaluate,
     export,
+    figures,
     generate,
     inspect,
     sweep,
 )
+from rbf_jax.analysis import claims
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -41,7 +43,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.split()[2])
 def test_command_line_is_understood(command, tmp_path, monkeypatch):
     """Each program takes the line; folders that it names need not be there."""
-    argv = shlex.split(command.replace("\\\n", " "))[2:]
+    argv = shlex.split(command.replace("\\\n", " "), comments=True)[2:]
     if argv[0] == "experiments.train":
         config, run = config_files.parse(argv)
         assert config.data.source == "text"
@@ -50,6 +52,10 @@ def test_command_line_is_understood(command, tmp_path, monkeypatch):
         return
     if argv[0] == "experiments.sweep" and "--report" not in argv:
         assert sweep.parse(argv)[0].num_trials == 84
+        return
+    if argv[0] == "experiments.figures":
+        _, scale, options = figures.parse(argv)
+        assert (scale, [c.name for c in claims.named(options.figure)]) == ("small", ["positions"])
         return
     program = {
         "experiments.sweep": sweep.main,
