@@ -53,8 +53,6 @@ LENGTHS_CAUSAL = cases.case(
     [
         *((STEP, dtype) for dtype in ("float32", "bfloat16", "float16")),
         *((cases.BY_NAME["far_keys"], dtype) for dtype in ("float32", "float16")),
-        (cases.BY_NAME["causal_more_keys"], "float32"),
-        (cases.BY_NAME["alibi"], "float32"),
         (cases.BY_NAME["multi_query"], "bfloat16"),
         (cases.BY_NAME["huge_norms"], "bfloat16"),
         (LENGTHS_CAUSAL, "float32"),
