@@ -4,8 +4,9 @@ Command:  python -m experiments.convert --from=FOLDER --config=configs/convert.p
             --config.data.source=text --config.data.train_files=FILE --config.data.valid_files=FILE
           FOLDER is GPT-2 as Hugging Face has it, or a run of ours, say of configs/stories_gpt2.py.
 Hardware: for that run any CPU; for GPT-2 a GPU.
-Time:     TIME.
-Expect:   EXPECT.
+Time:     8 minutes an arm on a machine of 2 cores that others kept busy; it means little.
+Expect:   with that run, on the TinyStories sample: 3.116 at λ = 0, 3.243 at λ = 1 untrained;
+          annealed 3.086, control 3.068. docs/convert.md has more.
 
 The model and its tokenizer are those of FOLDER. What may be said of the model here is how it is
 computed: dtype, remat, loss_chunk, loss_dtype and attention.implementation.

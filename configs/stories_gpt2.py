@@ -3,8 +3,8 @@
 Command:  python -m experiments.train --config=configs/stories_gpt2.py --run=runs/gpt2 \
             --config.data.source=text --config.data.train_files=FILE --config.data.valid_files=FILE
 Hardware: any CPU.
-Time:     TIME.
-Expect:   EXPECT.
+Time:     23 minutes on a machine of 2 cores that others kept busy; it means little.
+Expect:   validation loss 3.14 nats per token on the TinyStories sample, seeds 0 and 1.
 """
 
 from configs import base

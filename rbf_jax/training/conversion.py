@@ -6,6 +6,7 @@ on from there, and differs from the others in λ only.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from rbf_jax import environment
 from rbf_jax.data import load_data
 from rbf_jax.data.tokenizer import FILE_NAME, ByteTokenizer
-from rbf_jax.nn import AttentionConfig, CausalLM
+from rbf_jax.nn import AttentionConfig, CausalLM, TransformerConfig
 from rbf_jax.training.config import model_config, validate
 from rbf_jax.training.evaluation import evaluate
 from rbf_jax.training.initial import Source, start_from
@@ -56,8 +57,13 @@ def arm_config(config: ConfigDict, source: Source, arm: str, tokenizer: str) -> 
       ValueError: the source is no dot-product model, or has fewer positions than a row has tokens.
     """
     content = config.to_dict()
-    model = {**content["model"], **source.fields}
-    attention = {**content["model"]["attention"], **source.fields["attention"]}
+    # What the source leaves out is at its default, not at what this configuration says.
+    model = {
+        field.name: field.default
+        for field in dataclasses.fields(TransformerConfig)
+        if field.name in content["model"]
+    } | source.fields
+    attention = dataclasses.asdict(AttentionConfig()) | source.fields["attention"]
     if attention["kind"] != "dot":
         raise ValueError(
             f"{source.path} has attention.kind {attention['kind']!r}; only a dot-product model "
