@@ -58,7 +58,7 @@ def arm_config(config: ConfigDict, source: Source, arm: str, tokenizer: str) -> 
     """
     content = config.to_dict()
     # What the source leaves out is at its default, not at what this configuration says.
-    model = {
+    model: dict[str, Any] = {
         field.name: field.default
         for field in dataclasses.fields(TransformerConfig)
         if field.name in content["model"]
