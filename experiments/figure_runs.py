@@ -22,7 +22,7 @@ from rbf_jax.analysis import records
 from rbf_jax.analysis.diagnostics import diagnose
 from rbf_jax.analysis.records import Record
 from rbf_jax.analysis.variants import Variant
-from rbf_jax.training import ensemble
+from rbf_jax.training import ensemble, ensemble_programs
 
 logger = logging.getLogger(__name__)
 
@@ -131,22 +131,22 @@ class Experiment:
         self, variants: Sequence[Variant], pool: futures.Executor
     ) -> Iterator[tuple[Variant, futures.Future]]:
         """Yields variants with what will be their texts and programs."""
-        texts: dict[str, ensemble.Texts] = {}
+        texts: dict[str, ensemble_programs.Texts] = {}
         pending = collections.deque(
             (variant, pool.submit(self._prepare, variant, texts)) for variant in variants
         )
         while pending:
             yield pending.popleft()  # Programs take memory: none is held that has run.
 
-    def _prepare(self, variant: Variant, texts: dict[str, ensemble.Texts]) -> Any:
+    def _prepare(self, variant: Variant, texts: dict[str, ensemble_programs.Texts]) -> Any:
         config = self.config(variant)
         key = json.dumps([_plain(config)["data"], _plain(config)["train"]], sort_keys=True)
         with _reading:
             if key not in texts:
                 folder = self.out / "tokenizer"
-                texts[key] = ensemble.Texts.read(config, self.seeds, folder)
+                texts[key] = ensemble_programs.Texts.read(config, self.seeds, folder)
         lengths = sorted(self._lengths(variant))
-        return texts[key], ensemble.compile_programs(
+        return texts[key], ensemble_programs.compile_programs(
             config, texts[key], lengths=lengths, diagnose=diagnose
         )
 

@@ -49,14 +49,17 @@ def measure(settings: gpu_suite.Settings, command: str, out: Path) -> None:
 
 def _draw(options: argparse.Namespace) -> int:
     # matplotlib is needed only here.
-    from rbf_jax.analysis.attention_profile import profile_figure, save
+    from rbf_jax.analysis.attention_profile import profile_figure
+    from rbf_jax.analysis.report import save_figure
 
     try:
         content = json.loads(Path(options.draw).read_text())
         figure = profile_figure(content, options.head_dims[0], options.causal)
     except (OSError, KeyError, ValueError) as error:
         return _fail(f"{options.draw}: {type(error).__name__}: {error}")
-    print(f"drawn to {' and '.join(map(str, save(figure, Path(options.figure))))}")
+    stem = Path(options.figure)
+    saved = save_figure(figure, stem.parent, stem.name, ("png", "svg"))
+    print(f"drawn to {' and '.join(map(str, saved))}")
     return 0
 
 

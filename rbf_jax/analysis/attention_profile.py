@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -94,16 +93,6 @@ def profile_figure(content: Mapping[str, Any], head_dim: int = 64, causal: bool 
         color="0.3",
     )
     return figure
-
-
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Writes stem.png and stem.svg, the same bytes for the same figure; returns their paths."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    with mpl.rc_context({**STYLE, "svg.hashsalt": stem.name}):
-        figure.savefig(paths[0], metadata={"Software": None})
-        figure.savefig(paths[1], metadata={"Date": None})
-    return paths
 
 
 def times(rows: Sequence[Mapping[str, Any]], direction: str) -> dict[str, dict[int, float]]:

@@ -47,12 +47,12 @@ def write_report(
     for section in sections:
         lines += [f"## {section.title}", "", section.text, ""]
         for stem, figure in section.figures.items():
-            saved = _save(figure, out / "figures", stem, ("png", vectors))
+            saved = save_figure(figure, out / "figures", stem, ("png", vectors))
             pictures += saved
             links = [urllib.parse.quote(f"figures/{path.name}") for path in saved]
             lines += [f"![{stem}]({links[0]})", "", f"[the same as vectors]({links[1]})", ""]
     write_text(
-        out / "numbers.json", json.dumps(_jsonable(numbers), indent=2, ensure_ascii=False) + "\n"
+        out / "numbers.json", json.dumps(jsonable(numbers), indent=2, ensure_ascii=False) + "\n"
     )
     write_text(out / "report.md", "\n".join(lines).rstrip() + "\n")
     return [out / "report.md", out / "numbers.json", *pictures]
@@ -73,8 +73,8 @@ _UNDATED: Mapping[str, dict[str, Any]] = {
 }
 
 
-def _save(figure: Figure, folder: Path, stem: str, kinds: Sequence[str]) -> list[Path]:
-    """Writes a figure in each of some formats."""
+def save_figure(figure: Figure, folder: Path, stem: str, kinds: Sequence[str]) -> list[Path]:
+    """Writes a figure in each of some formats, the same bytes for the same figure."""
     paths = [folder / f"{stem}.{kind}" for kind in kinds]
     for path, kind in zip(paths, kinds):
         content = io.BytesIO()
@@ -86,9 +86,10 @@ def _save(figure: Figure, folder: Path, stem: str, kinds: Sequence[str]) -> list
     return paths
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """What JSON can hold: None for numbers that are not finite, lists for tuples."""
     if isinstance(value, Mapping):
-        return {key: _jsonable(part) for key, part in value.items()}
+        return {key: jsonable(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(part) for part in value]
+        return [jsonable(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,8 @@
 import pytest
 
 from experiments.benchmarks.contenders import BASELINE, TRITON
-from rbf_jax.analysis.attention_profile import STYLES, profile_figure, save
+from rbf_jax.analysis.attention_profile import STYLES, profile_figure
+from rbf_jax.analysis.report import save_figure
 from tests.experiments.gpu_suite_content import COST, LENGTHS, failed, make_content
 
 
@@ -75,8 +76,11 @@ def test_what_failed_leaves_a_gap(content):
 
 
 def test_saved_twice_it_is_the_same_file(content, tmp_path):
-    first = [path.read_bytes() for path in save(profile_figure(content), tmp_path / "a" / "f.v1")]
-    again = save(profile_figure(content), tmp_path / "b" / "f.v1")
+    def saved(folder):
+        return save_figure(profile_figure(content), tmp_path / folder, "f.v1", ("png", "svg"))
+
+    first = [path.read_bytes() for path in saved("a")]
+    again = saved("b")
     assert [path.name for path in again] == ["f.v1.png", "f.v1.svg"]
     assert [path.read_bytes() for path in again] == first
     assert first[0].startswith(b"\x89PNG")

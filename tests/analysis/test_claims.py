@@ -10,6 +10,7 @@ from matplotlib.colors import same_color
 from configs.figures import scales
 from rbf_jax.analysis import claims, paired, variants
 from rbf_jax.analysis.claims import operation
+from rbf_jax.analysis.report import jsonable
 from rbf_jax.analysis.style import PALETTE
 from tests.analysis.synthetic_records import make_records
 
@@ -27,7 +28,7 @@ def test_every_variant_is_in_the_numbers_of_its_figure(claim, tmp_path):
     records = make_records(needed(claim), tmp_path)
     made, numbers = claim.draw(list(records.values()))
     made.savefig(tmp_path / "figure.png")
-    text = json.dumps(claims._jsonable(numbers))
+    text = json.dumps(jsonable(numbers))
     assert "NaN" not in text
     assert "Infinity" not in text
     if claim.name in ("registers", "positions", "dial", "stability"):

@@ -14,7 +14,7 @@ from experiments import figures
 from experiments.figure_runs import Experiment
 from rbf_jax.analysis import claims, records
 from rbf_jax.analysis.variants import Variant
-from rbf_jax.training import TrainingStopped, ensemble
+from rbf_jax.training import TrainingStopped, ensemble, ensemble_programs
 from tests.analysis.synthetic_records import make_record
 
 REPOSITORY = Path(__file__).parents[2]
@@ -133,6 +133,6 @@ def test_stopped_it_says_so_and_compiles_no_more(experiment, monkeypatch):
 
     monkeypatch.setattr(ensemble, "train_ensemble", stop)
     variants = [Variant(str(i), {"model.num_registers": i}) for i in range(4)]
-    monkeypatch.setattr(ensemble, "compile_programs", lambda *_, **__: None)
+    monkeypatch.setattr(ensemble_programs, "compile_programs", lambda *_, **__: None)
     with pytest.raises(TrainingStopped, match="stopped by a signal"):
         experiment.train(variants, compile_workers=1, keep_members=False)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rbf_jax.training import TrainingStopped, load_run, train
-from rbf_jax.training.ensemble import Texts, compile_programs, train_ensemble
+from rbf_jax.training.ensemble import train_ensemble
+from rbf_jax.training.ensemble_programs import Texts, compile_programs
 from rbf_jax.training.run_folder import RunFolder
 from tests.training.tiny import tiny_config, write_corpus
 

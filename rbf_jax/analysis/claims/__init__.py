@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from rbf_jax.analysis.attention_profile import save
 from rbf_jax.analysis.claims import choices, inside, operation, training, verdicts
 from rbf_jax.analysis.records import Record
+from rbf_jax.analysis.report import jsonable, save_figure
 from rbf_jax.analysis.variants import Variant
 from rbf_jax.data.files import write_text
 
@@ -112,7 +111,7 @@ def write(
         except OSError as error:
             lines += [f"Not drawn: {error}", ""]
             continue
-        save(drawn, out / claim.name)
+        save_figure(drawn, out, claim.name, ("png", "svg"))
         numbers_of[claim.name] = numbers
         _write_json(out / f"{claim.name}.json", numbers)
         lines += [
@@ -139,12 +138,4 @@ def _machine(found: Mapping[str, Record]) -> list[str]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(_jsonable(content), indent=1) + "\n")
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _jsonable(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_text(path, json.dumps(jsonable(content), indent=1) + "\n")
