@@ -16,7 +16,7 @@ from rbf_jax.nn import CausalLM
 from rbf_jax.training.config import model_config, validate
 from rbf_jax.training.optimizer import make_optimizer
 from rbf_jax.training.sharding import AXES, data_share, make_mesh, on_mesh, place_batch, replicated
-from rbf_jax.training.state import create_state
+from rbf_jax.training.state import create_state, state_shapes
 from rbf_jax.training.step import compile_train_step, make_eval_step, make_inspect_step
 
 B, T, V, STEPS = 8, 16, 32, 3
@@ -91,7 +91,6 @@ def run(config, evaluated):
         for path, array in jax.tree_util.tree_leaves_with_path(state.opt_state)
     }
     kernel = moments["mlp/in/kernel"]
-    gathered = re.findall(r" = \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", step.as_text())
     evaluation = evaluate(mesh, model, state.params, placed) if evaluated else {}
     return evaluation | {
         "initial": initial,
@@ -100,8 +99,29 @@ def run(config, evaluated):
         "tokens_of_a_device": placed["inputs"].addressable_shards[0].data.size,
         "part_of_a_moment": kernel.addressable_shards[0].data.size / kernel.size,
         "share": data_share(mesh),
-        "gathered": [[int(n) for n in shape.split(",")] for shape in gathered],
+        "gathered": gathered(step),
     }
+
+
+def gathered(step):
+    """Returns the shapes that the all-gathers of a compiled step make."""
+    shapes = re.findall(r" = \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", step.as_text())
+    return [[int(n) for n in shape.split(",")] for shape in shapes]
+
+
+def compile_wide():
+    """Compiles a step whose parameters are more than its rows; returns what it gathers.
+
+    In the narrow ones the compiler gathers parameters, which are less, by itself.
+    """
+    config = make_config(*CASES["fsdp"])
+    config.model.d_model = 512
+    mesh = make_mesh(config.mesh)
+    model = CausalLM(model_config(config, V))
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    return gathered(
+        compile_train_step(config, model, optimizer, state_shapes(model, optimizer), mesh)
+    )
 
 
 def values_of(params):
@@ -125,4 +145,5 @@ def evaluate(mesh, model, params, batch):
 if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     results = {name: run(make_config(*case), name in EVALUATED) for name, case in CASES.items()}
+    results["wide"] = {"gathered": compile_wide()}
     print(json.dumps(results))

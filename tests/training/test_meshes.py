@@ -71,3 +71,9 @@ def test_rows_are_not_gathered(name, results):
     activations = [shape for shape in results[name]["gathered"] if {T, T + 1} & set(shape)]
     too_many = [shape for shape in activations if rows in shape and data * fsdp > 1]
     assert not too_many
+
+
+def test_rows_are_not_gathered_rather_than_larger_parameters(results):
+    shapes = results["wide"]["gathered"]
+    assert [512, 4 * 512] in shapes
+    assert not [shape for shape in shapes if {T, T + 1} & set(shape)]
