@@ -10,7 +10,12 @@ from rbf_jax.nn import CausalLM, TransformerConfig
 from rbf_jax.training.optimizer import make_optimizer, make_schedule
 from rbf_jax.training.sharding import batch_sharding, make_mesh, place_batch, state_shardings
 from rbf_jax.training.state import create_state
-from rbf_jax.training.step import make_eval_step, make_inspect_step, make_train_step
+from rbf_jax.training.step import (
+    _micro_batches,
+    make_eval_step,
+    make_inspect_step,
+    make_train_step,
+)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +117,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(plain, one_step):
     np.testing.assert_allclose(metrics["loss"], plain[1]["loss"], rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], plain[1]["grad_norm"], rtol=1e-5)
     assert_close(state, plain[0])
+
+
+def test_in_every_micro_batch_a_device_has_rows_of_its_own():
+    micro_batches = _micro_batches({"inputs": np.arange(8)[:, None]}, 2)["inputs"]
+    # Of two devices the first holds rows 0 to 3, and the first half of each micro-batch.
+    assert micro_batches[:, :2, 0].tolist() == [[0, 2], [1, 3]]
+    assert micro_batches[:, 2:, 0].tolist() == [[4, 6], [5, 7]]
 
 
 def test_padded_rows_need_no_segments(model, params, eval_step, batch):
