@@ -60,7 +60,11 @@ class Experiment:
             path = folder / f"{variant.name}{records.SUFFIX}" if folder else None
             if path is None or not path.is_file():
                 continue
-            record = records.read_record(path)
+            try:
+                record = records.read_record(path)
+            except ValueError as error:
+                logger.warning("%s; it is made again.", error)
+                continue
             own = records.identity(record.config, self._schema)
             has_lengths = self._lengths(variant) <= set(record.lengths)
             if (own, record.seeds) == (wanted, self.seeds) and has_lengths:
@@ -108,6 +112,7 @@ class Experiment:
                     try:
                         texts, programs = prepared.result()
                         folder = self.out / "runs" / variant.name
+                        self._reopen(variant, folder)
                         ensemble.train_ensemble(
                             self.config(variant),
                             folder,
@@ -149,6 +154,13 @@ class Experiment:
         return texts[key], ensemble_programs.compile_programs(
             config, texts[key], lengths=lengths, diagnose=diagnose
         )
+
+    def _reopen(self, variant: Variant, folder: Path) -> None:
+        """Has the end of a finished run repeated where lengths are asked for that it lacks."""
+        if (folder / "summary.json").exists():
+            there = set(records.from_ensemble(variant.name, folder).lengths)
+            if not self._lengths(variant) <= there:
+                (folder / "summary.json").unlink()
 
     def _lengths(self, variant: Variant) -> set[int]:
         config = self.config(variant)

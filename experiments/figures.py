@@ -42,11 +42,14 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__)
         return 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
-    logging.getLogger("rbf_jax").setLevel(logging.INFO)
+    for name in ("rbf_jax", "experiments"):
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         return _run(*parse(argv))
     except (ValueError, OSError) as error:
         return _fail(" ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on.", 130)
     except ImportError as error:
         return _fail(f"{error}: pip install 'rbf-jax[train]'", 2)
 
@@ -110,14 +113,16 @@ def _run(base: Any, scale: str, options: flags.FlagValues) -> int:
     find = experiment.find_kept if options.kept else experiment.find
     found = {v.name: record for v in every if (record := find(v)) is not None}
     command = " ".join(["python -m experiments.figures", *sys.argv[1:]])
-    claims.write(figures, needed, found, failed, out, command)
+    undrawn = claims.write(figures, needed, found, failed, out, command)
     for name, reason in failed.items():
         print(f"figures: {name} failed: {reason}", file=sys.stderr)
     print(f"written to {out / 'report.md'}")
     absent = [v.name for v in every if v.name not in found]
     if absent and not failed:
         print(f"figures: no record of {', '.join(absent)}", file=sys.stderr)
-    return 1 if absent else 0
+    for name in undrawn:
+        print(f"figures: {name} was not drawn, see the report", file=sys.stderr)
+    return 1 if absent or undrawn else 0
 
 
 def _trained(name: str, scale: str) -> dict[str, Any]:

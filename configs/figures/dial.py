@@ -4,12 +4,12 @@ from ml_collections import ConfigDict
 
 
 def get_config(scale: str):
-    """Returns what is trained; the same at every scale."""
-    del scale
+    """Returns what is trained; λ = 0 and 1 alone at the scale "smoke"."""
+    weights = (0.0, 1.0) if scale == "smoke" else (0.0, 0.25, 0.5, 0.75, 1.0)
     return ConfigDict(
         {
             "space": {
-                "fixed": ({"model.attention.key_norm_weight": (0.0, 0.25, 0.5, 0.75, 1.0)},),
+                "fixed": ({"model.attention.key_norm_weight": weights},),
                 "learned": (
                     {
                         "model.attention.key_norm_weight": (0.0, 1.0, 1.0, 1.0),

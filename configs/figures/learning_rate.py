@@ -10,8 +10,8 @@ _RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def get_config(scale: str):
-    """Returns what is trained; two learning rates at the scale "smoke"."""
-    rates = _RATES[1::2] if scale == "smoke" else _RATES
+    """Returns what is trained; one learning rate at the scale "smoke"."""
+    rates = _RATES[1:2] if scale == "smoke" else _RATES
     return ConfigDict(
         {
             "space": {

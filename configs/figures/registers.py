@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 
 def get_config(scale: str):
-    """Returns what is trained; the same at every scale."""
-    del scale
+    """Returns what is trained; without the product with the sink at the scale "smoke"."""
+    sinks = (False,) if scale == "smoke" else (False, True)
     return ConfigDict(
         {
             "space": {
@@ -18,7 +18,7 @@ def get_config(scale: str):
                         "model.num_registers": (0, 1, 1, 4, 4),
                         "model.register_init": ("zero", "zero", "normal", "zero", "normal"),
                     },
-                    {"model.attention.origin_sink": (False, True)},
+                    {"model.attention.origin_sink": sinks},
                 ),
                 "dot": (
                     {"model.attention.kind": ("dot",)},

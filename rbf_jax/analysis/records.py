@@ -65,7 +65,8 @@ def from_ensemble(name: str, folder: Path) -> Record:
     lines: dict[str, list[dict[str, Any]]] = {}
     for line in read_lines(folder / "metrics.jsonl"):
         lines.setdefault(line.pop("split"), []).append(line)
-    (inside,) = lines.get("inside", [{"step": 0, "tokens": ()}])
+    # The last one: lengths asked for later have the end repeated.
+    *_, inside = lines.get("inside", [{"step": 0, "tokens": ()}])
     return Record(
         name=name,
         config=_portable(config),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs.figures import scales
@@ -37,6 +38,7 @@ def test_all_at_the_smoke_scale(tmp_path):
 
     first = run()
     assert first.returncode == 0, first.stderr
+    assert "base: validation loss" in first.stderr
     for name in claims.FIGURES:
         assert {(tmp_path / f"{name}.{kind}").is_file() for kind in ("png", "svg", "json")} == {
             True
@@ -78,14 +80,14 @@ def test_kept_draws_from_records_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ensemble, "train_ensemble", None)
     kept = tmp_path / "kept"
     config = scales.get_config("smoke").to_dict()
-    for name, weight in (("base", 1.0), ("key_norm_weight=0.5", 0.5)):
+    for name, weight in (("base", 1.0), ("key_norm_weight=0", 0.0)):
         config["model"]["attention"]["key_norm_weight"] = weight
         records.write_record(make_record(name, config), kept / f"{name}{records.SUFFIX}")
     arguments = ["--figure=dial", "--scale=smoke", "--kept", f"--records={kept}"]
     assert main(*arguments, f"--out={tmp_path / 'out'}") == 1
     assert "no record of key_norm_weight=0," in capsys.readouterr().err
     numbers = json.loads((tmp_path / "out" / "dial.json").read_text())
-    assert numbers.keys() == {"base", "key_norm_weight=0.5"}
+    assert numbers.keys() == {"base", "key_norm_weight=0"}
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +114,16 @@ def test_a_variant_that_fails_does_not_stop_the_others(experiment):
     member = experiment.out / "runs" / "good" / "seeds" / "1" / "summary.json"
     assert json.loads(member.read_text())["seeds"] == [1]
 
+    # Lengths asked for later are found out from the last checkpoint.
+    longer = dataclasses.replace(variants[2], lengths=(1, 2, 4))
+    assert experiment.find(longer) is None
+    assert experiment.train([longer], compile_workers=1, keep_members=False) == {}
+    assert set(experiment.find(longer).lengths) == {32, 64, 128}
+    np.testing.assert_array_equal(experiment.find(longer).train["loss"], found.train["loss"])
+
     # A record of another configuration, of other seeds, or without the lengths is not taken.
     good = variants[2]
-    assert experiment.find(dataclasses.replace(good, lengths=(1, 4))) is None
+    assert experiment.find(dataclasses.replace(good, lengths=(1, 8))) is None
     assert experiment.find(Variant("good", {"model.num_registers": 4})) is None
     other = dataclasses.replace(experiment, seeds=(0, 1, 2))
     assert other.find(good) is None
@@ -127,7 +136,7 @@ def test_a_variant_that_fails_does_not_stop_the_others(experiment):
     assert experiment.find_kept(good).seeds == (0, 1)
 
 
-def test_stopped_it_says_so_and_compiles_no_more(experiment, monkeypatch):
+def test_stopped_it_says_so(experiment, monkeypatch):
     def stop(*_, **__):
         raise TrainingStopped("stopped by a signal", 15)
 
@@ -136,3 +145,21 @@ def test_stopped_it_says_so_and_compiles_no_more(experiment, monkeypatch):
     monkeypatch.setattr(ensemble_programs, "compile_programs", lambda *_, **__: None)
     with pytest.raises(TrainingStopped, match="stopped by a signal"):
         experiment.train(variants, compile_workers=1, keep_members=False)
+
+
+def test_a_broken_record_is_made_again(experiment, caplog):
+    path = experiment.out / "records" / f"broken{records.SUFFIX}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"half a re")
+    assert experiment.find(Variant("broken", {})) is None
+    assert "is no record" in caplog.text
+
+
+def test_interrupted_it_says_so(monkeypatch, capsys, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ensemble_programs.Texts, "read", interrupted)
+    command = ["--figure=dial", "--scale=smoke", f"--out={tmp_path}"]
+    assert main(*command) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err

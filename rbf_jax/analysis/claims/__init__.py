@@ -83,8 +83,10 @@ def write(
     failed: Mapping[str, str],
     out: Path,
     command: str,
-) -> None:
+) -> list[str]:
     """Draws; writes NAME.png, NAME.svg, NAME.json, verdicts.json and report.md into `out`.
+
+    Verdicts are those on claims all of whose figures are among `claims`.
 
     Args:
       claims: the figures.
@@ -93,7 +95,11 @@ def write(
       failed: reasons by variant.
       out: the folder.
       command: that leads here.
+
+    Returns:
+      The names of figures that could not be drawn.
     """
+    undrawn: list[str] = []
     lines: list[str] = []
     numbers_of: dict[str, Any] = {}
     for claim in claims:
@@ -105,10 +111,12 @@ def write(
             reasons = [f"{name}: {failed.get(name, 'no record')}" for name in missing]
             lines += [f"Missing: {'; '.join(reasons)}", ""]
         if variants and not records:
+            undrawn.append(claim.name)
             continue
         try:
             drawn, numbers = claim.draw(records)
         except OSError as error:
+            undrawn.append(claim.name)
             lines += [f"Not drawn: {error}", ""]
             continue
         save_figure(drawn, out, claim.name, ("png", "svg"))
@@ -120,10 +128,12 @@ def write(
             f"[as vectors]({claim.name}.svg), [numbers]({claim.name}.json)",
             "",
         ]
-    judged = verdicts.verdicts(numbers_of)
+    asked = {claim.name for claim in claims}
+    judged = [v for v in verdicts.verdicts(numbers_of) if set(v.figures) <= asked]
     _write_json(out / "verdicts.json", [dataclasses.asdict(v) for v in judged])
     head = ["# Figures", "", f"`{command}`", "", *_machine(found), "", verdicts.table(judged)]
     write_text(out / "report.md", "\n".join([*head, *lines]).rstrip() + "\n")
+    return undrawn
 
 
 def _machine(found: Mapping[str, Record]) -> list[str]:

@@ -88,7 +88,8 @@ def layer_profile(_: Any) -> tuple[Figure, dict[str, Any]]:
         f"{settings['dtype']}; {content['device']}, {content['date'][:10]}",
         fontsize=6.5,
     )
-    return made, {"file": str(path), "results": content["results"]}
+    numbers = {"file": str(path), "device": content["device"], "results": content["results"]}
+    return made, numbers
 
 
 @styled

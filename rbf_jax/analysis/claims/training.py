@@ -77,6 +77,11 @@ def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
         title="Less the dot product's",
         xlabel="nats; 95 % interval, paired",
     )
+    matched = the(records, kind="dot", positions="susie", dot_scale="rbf")
+    normed = the(records, kind="dot", positions="rope", qk_norm=True)
+    if ours is not None:
+        # In the numbers alone.
+        rows += [(ours, other) for other in (matched, normed) if other is not None]
     numbers: dict[str, Any] = {}
     for record, reference in rows:
         numbers[f"{record.name} against {reference.name}"] = panels.result_numbers(
@@ -154,7 +159,9 @@ def sensitivity(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             low = [np.nanmin(v) if np.isfinite(v).any() else np.nan for v in values]
             high = [np.nanmax(v) if np.isfinite(v).any() else np.nan for v in values]
             axis.fill_between(rates, low, high, color=style.color, alpha=0.18, linewidth=0)
-        ends = np.array([paired.estimate(paired.loss(r)).mean for r in group])
+        # A rate that lost a seed is no candidate, and its loss that of the first step.
+        ends = np.array([paired.loss(r).mean() for r in group])
+        starts = np.array([np.nanmean(r.train["loss"][0]) for r in group])
         if np.isfinite(ends).any():
             best = int(np.nanargmin(ends))
             best_of[name] = group[best]
@@ -162,7 +169,7 @@ def sensitivity(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             numbers[name] = {
                 "best_rate": float(rates[best]),
                 "best": panels.result_numbers([group[best]], None)[group[best].name],
-                "mean_excess": float(np.nanmean(ends) - ends[best]),
+                "mean_excess": float(np.where(np.isfinite(ends), ends, starts).mean() - ends[best]),
                 "diverged": int(sum(paired.estimate(paired.loss(r)).missing for r in group)),
                 "by_rate": {f"{rate:g}": float(end) for rate, end in zip(rates, ends)},
             }
