@@ -21,9 +21,15 @@ def get_config(scale: str):
                         "optimizer.final_learning_rate": tuple(0.01 * rate for rate in rates),
                     },
                     {
-                        "model.attention.kind": ("rbf", "dot", "dot", "dot"),
-                        "model.attention.dot_scale": ("standard", "standard", "rbf", "standard"),
-                        "model.attention.qk_norm": (False, False, False, True),
+                        "model.attention.kind": ("rbf", "dot", "dot", "dot", "rbf"),
+                        "model.attention.dot_scale": (
+                            "standard",
+                            "standard",
+                            "rbf",
+                            "standard",
+                            "standard",
+                        ),
+                        "model.attention.qk_norm": (False, False, False, True, True),
                     },
                 )
             },
