@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -16,46 +17,14 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from rbf_jax.ops.cache import KeysValues, slot_positions
+from rbf_jax.ops.decode_types import Call, Options
+from rbf_jax.ops.triton import decode as triton
 from rbf_jax.ops.types import accumulation_dtype, group_heads
+from rbf_jax.ops.varying import vary_together
 
-Implementation = Literal["xla"]
+_logger = logging.getLogger("rbf_jax")
 
-
-class Call(NamedTuple):
-    """The arrays of one call.
-
-    Attributes:
-      query: (B, T, N, H).
-      cache: K divides N; it holds the queries' own keys too.
-      starts: int32 (B,), the position of each row's first query.
-      lengths: int32 (B,), the tokens in the cache.
-      gamma: γ, (N,), accumulation dtype.
-      key_norm_weight: λ, (N,), accumulation dtype.
-      alibi_slopes: (N,), accumulation dtype, or None.
-    """
-
-    query: jax.Array
-    cache: KeysValues
-    starts: jax.Array
-    lengths: jax.Array
-    gamma: jax.Array
-    key_norm_weight: jax.Array
-    alibi_slopes: jax.Array | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Static choices, hashable.
-
-    Attributes:
-      num_registers: R; all queries see the first R slots, which are at no distance from them.
-      window: a query sees this many tokens back, and itself; None for all.
-      origin_sink: a virtual key at the origin with value 0 takes part in every row.
-    """
-
-    num_registers: int
-    window: int | None
-    origin_sink: bool
+Implementation = Literal["triton", "xla"]
 
 
 def attend(
@@ -78,7 +47,7 @@ def attend(
     at its position and before, within the window.
 
     Args:
-      query: (B, T, N, H), of the cache's dtype. T is small: memory is O(B·N·T·(R+C)).
+      query: (B, T, N, H), of the cache's dtype. T is small: memory of "xla" is O(B·N·T·(R+C)).
       cache: with the queries' own keys; see `rbf_jax.ops.cache`.
       starts: int32 (B,).
       lengths: int32 (B,), the tokens that each row has seen, those of the queries among them.
@@ -88,7 +57,10 @@ def attend(
       window: a query sees this many tokens back, and itself; None for all.
       alibi_slopes: (N,): adds −slope·(i − j) to the logits of tokens, not to those of registers.
       origin_sink: adds exp(0) to the denominator of every row.
-      implementation: None takes the best available; "xla" is dense, for any device.
+      implementation: None takes the best that supports the call. "xla" is dense, for any device;
+        "triton", for NVIDIA GPUs from compute capability 8.0, reads what a row may see and no more,
+        and needs no memory for logits. Generation needs no gradients: those of "triton" are what
+        "xla" makes of the same call, and take its memory.
 
     Returns:
       The output (B, T, N, H) of query's dtype, and the logsumexp of the logits (B, T, N), float32
@@ -96,6 +68,7 @@ def attend(
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value.
+      NotImplementedError: the implementation asked for by name cannot do this call.
     """
     _validate(query, cache, starts, lengths, num_registers, window)
     if implementation is not None and implementation not in _BACKENDS:
@@ -121,7 +94,53 @@ def attend(
         per_head("key_norm_weight", key_norm_weight),
         None if alibi_slopes is None else per_head("alibi_slopes", alibi_slopes),
     )
-    return _BACKENDS[implementation or "xla"](call, Options(num_registers, window, origin_sink))
+    return _dispatch(
+        implementation, vary_together(call), Options(num_registers, window, origin_sink)
+    )
+
+
+def _dispatch(implementation: str | None, call: Call, options: Options):
+    """Does the call by the implementation asked for, or by the best that can."""
+    name = implementation or "triton"
+    reason = _BACKENDS[name].unsupported(call, options)
+    if implementation is None and reason is None:
+        _log_choice("takes 'triton' where the program is compiled for CUDA, else 'xla'")
+        # The program may yet be placed on the CPU (jax.default_device).
+        return jax.lax.platform_dependent(
+            call,
+            cuda=lambda call: _BACKENDS["triton"].attend(call, options),
+            default=lambda call: _BACKENDS["xla"].attend(call, options),
+        )
+    if implementation is None:
+        _log_choice(f"takes 'xla', since 'triton' {reason}")
+        return _BACKENDS["xla"].attend(call, options)
+    if reason is not None:
+        raise NotImplementedError(
+            f"implementation={implementation!r} {reason}; 'xla' can do this call."
+        )
+    return _BACKENDS[name].attend(call, options)
+
+
+@functools.cache
+def _log_choice(choice: str) -> None:
+    _logger.info("decode.attend: implementation=None %s.", choice)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _attend_triton(call: Call, options: Options) -> tuple[jax.Array, jax.Array]:
+    return triton.attend(call, options)
+
+
+def _forward_triton(call: Call, options: Options):
+    return triton.attend(call, options), call
+
+
+def _backward_triton(options: Options, call: Call, cotangents):
+    _, vjp = jax.vjp(lambda call: _attend_xla(call, options), call)
+    return vjp(cotangents)
+
+
+_attend_triton.defvjp(_forward_triton, _backward_triton)
 
 
 def _attend_xla(call: Call, options: Options) -> tuple[jax.Array, jax.Array]:
@@ -181,8 +200,15 @@ def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     )
 
 
-_BACKENDS: dict[str, Callable[[Call, Options], tuple[jax.Array, jax.Array]]] = {
-    "xla": _attend_xla,
+class _Backend(NamedTuple):
+    attend: Callable[[Call, Options], tuple[jax.Array, jax.Array]]
+    # Why this call cannot be done, or None where it can.
+    unsupported: Callable[[Call, Options], str | None]
+
+
+_BACKENDS: dict[str, _Backend] = {
+    "triton": _Backend(_attend_triton, triton.unsupported),
+    "xla": _Backend(_attend_xla, lambda *_: None),
 }
 
 

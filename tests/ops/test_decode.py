@@ -198,4 +198,4 @@ def test_wrong_input_is_an_error():
     check("num_registers=9 must be at least 0 and less than the 9 slots", num_registers=9)
     check("window=-1 must be None or at least 0", window=-1)
     check(r"gamma has shape \(3,\), but must be a scalar or have", gamma=np.ones(3, np.float32))
-    check("implementation='triton' must be None or one of", implementation="triton")
+    check("implementation='cudnn' must be None or one of", implementation="cudnn")

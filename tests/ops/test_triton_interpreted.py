@@ -14,6 +14,7 @@ RUNS = {
     "contract, odd": ("contract_suite.py", "odd"),
     "gate": ("gate.py", "test_gate"),
     "gate, other": ("gate.py", "not test_gate"),
+    "decode": ("decode.py", ""),
     "phases": ("shapes.py", "test_phases"),
     "shapes, other": ("shapes.py", "not test_phases"),
     "transformations": ("transformations.py", ""),

@@ -248,7 +248,7 @@ class TestWithoutKernels:
 
     def _pretend(self, monkeypatch, name, capability):
         class Device:
-            device_kind, compute_capability = name, capability
+            device_kind, compute_capability, core_count = name, capability, 40
 
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         monkeypatch.setattr(jax, "devices", lambda *_: [Device()])

@@ -21,10 +21,17 @@ from rbf_jax.ops.varying import vary_like
 
 
 class Target(NamedTuple):
-    """The GPU that programs are compiled for: its name and its compute capability times ten."""
+    """The GPU that programs are compiled for.
+
+    Attributes:
+      name: as JAX gives it.
+      compute_capability: times ten.
+      num_multiprocessors: an H100 has 132.
+    """
 
     name: str
     compute_capability: int
+    num_multiprocessors: int = 132
 
 
 def unavailable() -> str | None:
@@ -45,7 +52,8 @@ def unavailable() -> str | None:
 def target() -> Target:
     """The GPU that JAX sees first."""
     device = jax.devices()[0]
-    return Target(device.device_kind, int(float(device.compute_capability) * 10 + 0.5))
+    capability = int(float(device.compute_capability) * 10 + 0.5)
+    return Target(device.device_kind, capability, device.core_count)
 
 
 def run(

@@ -1,0 +1,260 @@
+"""Attention to a cache by Triton kernels: what surrounds them, and their sizes.
+
+Where keys are split, a second kernel puts the parts together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rbf_jax.ops.decode_types import Call, Options
+from rbf_jax.ops.partition import by_batch_and_heads
+from rbf_jax.ops.triton import launch
+from rbf_jax.ops.triton.tiles import Tiles, padded_head_dim, shared_memory_limit
+from rbf_jax.ops.vmap import folding_vmap
+
+_LOG2E = 1.4426950408889634
+_LARGEST_HEAD_DIM = 256
+# Of the queries of a program; with more it runs out of registers.
+_LARGEST_QUERY_BYTES = 2**14
+# Programs there are at least, if keys suffice: so many for each multiprocessor, which holds two or
+# more at a time. With many the last ones to end leave little of the GPU idle.
+_PROGRAMS_PER_MULTIPROCESSOR = 8
+# Keys of a program are at least so many blocks: its start costs as much as a few.
+_LEAST_BLOCKS = 4
+# And at most so many keys, since rows may be of different lengths.
+_MOST_KEYS = 4096
+_MOST_SPLITS = 128
+# Features of a row that a program of the merge does.
+_MERGED_FEATURES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How the kernel is cut and compiled.
+
+    Attributes:
+      tiles: `block_q` rows, which are query heads of a group times new tokens, `block_k` keys;
+        `heads_at_once` has no meaning here and must be 1.
+      num_splits: programs that share the keys of a head, 1 to 128.
+    """
+
+    tiles: Tiles
+    num_splits: int
+
+    def __post_init__(self):
+        if not 1 <= self.num_splits <= _MOST_SPLITS:
+            raise ValueError(f"num_splits={self.num_splits} must be from 1 to {_MOST_SPLITS}.")
+        if self.tiles.heads_at_once != 1:
+            raise ValueError(f"heads_at_once={self.tiles.heads_at_once} must be 1.")
+
+
+_override: contextvars.ContextVar[Sizes | None] = contextvars.ContextVar(
+    "rbf_jax_triton_decode_sizes", default=None
+)
+
+
+@contextlib.contextmanager
+def override_sizes(sizes: Sizes) -> Iterator[None]:
+    """Within this context, what is traced takes these sizes."""
+    token = _override.set(sizes)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def choose_sizes(
+    *,
+    heads: int,
+    rows: int,
+    visible: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+    target: launch.Target,
+) -> Sizes:
+    """Returns the sizes where there is no override.
+
+    Args:
+      heads: B·K.
+      rows: T·N/K.
+      visible: the most keys that a row of the batch sees.
+      head_dim: H.
+      dtype: of the cache.
+      target: the GPU.
+    """
+    row_bytes = padded_head_dim(head_dim) * dtype.itemsize
+    block_q = min(max(16, _power_of_two(rows)), 64, _LARGEST_QUERY_BYTES // row_bytes)
+    block_k, num_stages = 64, 3
+    # Two programs to a multiprocessor: one loads while the other computes.
+    limit = shared_memory_limit(target.compute_capability) // 2
+    while 2 * block_k * row_bytes * num_stages > limit and num_stages > 2:
+        block_k, num_stages = (block_k // 2, num_stages) if block_k > 16 else (block_k, 2)
+    programs = heads * _cdiv(rows, block_q)
+    wanted = _cdiv(_PROGRAMS_PER_MULTIPROCESSOR * target.num_multiprocessors, programs)
+    wanted = max(wanted, _cdiv(visible, _MOST_KEYS))
+    splits = min(wanted, _cdiv(visible, _LEAST_BLOCKS * block_k), _MOST_SPLITS)
+    return Sizes(Tiles(block_q, block_k, 4, num_stages), splits)
+
+
+def unsupported(call: Call, options: Options) -> str | None:
+    """Returns why this call cannot be done here, as the rest of a sentence, or None if it can."""
+    del options
+    reason = launch.unavailable()
+    if reason is not None:
+        return reason
+    if call.query.dtype == jnp.float64:
+        return "supports float32, bfloat16 and float16, not float64"
+    H, S = call.query.shape[3], call.cache.key.shape[2]
+    if H > _LARGEST_HEAD_DIM:
+        return f"supports head dimensions up to {_LARGEST_HEAD_DIM}, not {H}"
+    if S * H >= 2**31:
+        return f"supports less than 2³¹ numbers in the keys of a head, not {S} × {H}"
+    return None
+
+
+class _Full(NamedTuple):
+    """Arrays that have an entry for each element of the batch."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    key_norms: jax.Array
+    starts: jax.Array
+    lengths: jax.Array
+
+
+class _Shared(NamedTuple):
+    """Arrays whose batch axis may have size 1: (B or 1, N)."""
+
+    gamma: jax.Array
+    key_norm_weight: jax.Array
+    slopes: jax.Array | None
+
+
+# The axes of the arrays: b batch, n query heads, k key/value heads, and others.
+_ROLES = ("b.n.", "bk..", "bk..", "bk.", "b", "b", "bn", "bn", "bn")
+_RESULT_ROLES = ("b.n.", "b.n")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """All static choices of a call; hashable, since compiled programs are kept by it."""
+
+    options: Options
+    sizes: Sizes | None
+    target: launch.Target
+
+
+def attend(call: Call, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Returns the output and the logsumexp; not differentiable."""
+    slopes = None if call.alibi_slopes is None else call.alibi_slopes[None]
+    shared = _Shared(call.gamma[None], call.key_norm_weight[None], slopes)
+    full = _Full(call.query, *call.cache, call.starts, call.lengths)
+    return _program(_Plan(options, _override.get(), launch.target()), full, shared)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _program(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.Array]:
+    def on_each_device(full, shared):
+        kernels = functools.partial(_kernels, plan)
+        return by_batch_and_heads(kernels, (full, shared), _ROLES, _RESULT_ROLES)
+
+    return folding_vmap(on_each_device)(full, shared)
+
+
+def _kernels(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.Array]:
+    from rbf_jax.ops.triton import decode_kernels
+    from rbf_jax.ops.triton.common import Rules
+
+    B, T, N, H = full.query.shape
+    K, S = full.key.shape[1:3]
+    R, window = plan.options.num_registers, plan.options.window
+    rules = Rules(
+        N,
+        K,
+        H,
+        causal=True,
+        left=-1 if window is None else min(window, 2**30),
+        sink=plan.options.origin_sink,
+        slopes=shared.slopes is not None,
+    )
+    rows = T * N // K
+    sizes = plan.sizes or choose_sizes(
+        heads=B * K,
+        rows=rows,
+        visible=S if window is None else min(S, R + window + T),
+        head_dim=H,
+        dtype=full.query.dtype,
+        target=plan.target,
+    )
+    splits, tiles = sizes.num_splits, sizes.tiles
+    per_head = _per_head(shared, N)
+    part_dtype = full.query.dtype if splits == 1 else jnp.float32
+    out, logsumexp = launch.run(
+        decode_kernels.decode_kernel,
+        [*full[:4], per_head, *full[4:], S, 3 * N if per_head.shape[0] > 1 else 0],
+        [
+            jax.ShapeDtypeStruct((B, T, N, splits, H), part_dtype),
+            jax.ShapeDtypeStruct((B, T, N, splits), jnp.float32),
+        ],
+        programs=B * K * splits * _cdiv(rows, tiles.block_q),
+        constants={
+            "RULES": rules,
+            "QUERIES": T,
+            "REGISTERS": R,
+            "SPLITS": splits,
+            "BLOCK_Q": tiles.block_q,
+            "BLOCK_K": tiles.block_k,
+            "BLOCK_H": padded_head_dim(H),
+        },
+        tiles=tiles,
+    )
+    if splits == 1:
+        return out[:, :, :, 0], logsumexp[..., 0]
+    block_h = min(_MERGED_FEATURES, padded_head_dim(H))
+    out, logsumexp = launch.run(
+        decode_kernels.merge_kernel,
+        [out, logsumexp],
+        [
+            jax.ShapeDtypeStruct((B, T, N, H), full.query.dtype),
+            jax.ShapeDtypeStruct((B, T, N), jnp.float32),
+        ],
+        programs=B * T * N * _cdiv(H, block_h),
+        constants={
+            "HEAD_DIM": H,
+            "SPLITS": splits,
+            "BLOCK_SPLITS": _power_of_two(splits),
+            "BLOCK_H": block_h,
+        },
+        tiles=Tiles(16, 16, num_warps=4, num_stages=1),
+    )
+    return out, logsumexp
+
+
+def _per_head(shared: _Shared, num_heads: int) -> jax.Array:
+    """2γ, λγ and the slopes, all times log₂e: (B or 1, 3, N)."""
+    gamma, weight, slopes = shared
+    slopes = jnp.zeros_like(gamma) if slopes is None else slopes
+    sets = max(x.shape[0] for x in (gamma, weight, slopes))
+    numbers = (2 * gamma, gamma * weight, slopes)
+    return jnp.float32(_LOG2E) * jnp.stack(
+        [jnp.broadcast_to(x, (sets, num_heads)) for x in numbers], axis=1
+    )
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_two(number: int) -> int:
+    """The next one that is not smaller."""
+    return 1 << (number - 1).bit_length()
