@@ -10,4 +10,6 @@ H head dimension, D model width, L layers, R register tokens, V vocabulary.
 
 from rbf_jax.ops.api import rbf_attention
 
-__all__ = ["rbf_attention"]
+__all__ = ["__version__", "rbf_attention"]
+
+__version__ = "0.1.0"

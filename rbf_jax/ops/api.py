@@ -115,7 +115,7 @@ def rbf_attention(
 
     Computed as softmax_j(2γ q_i·k_j − λγ‖k_j‖²) v_j: softmax ignores −γ‖q_i‖², the same for all j.
     λ = 1 is RBF attention; λ = 0 is dot-product attention with scale 2γ.
-    Names, layout and masking conventions are those of :func:`jax.nn.dot_product_attention`.
+    Names, layout and masking conventions are those of ``jax.nn.dot_product_attention``.
     Works under jit, grad, vmap, remat and shard_map. Arrays sharded by batch or heads are not
     gathered (by a mesh of explicit axes: the batch). Inside ``jax.set_mesh``, mesh axes named
     "data", "fsdp", "tensor" and "seq" split batch, heads and sequence (docs/scaling.md).
