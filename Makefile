@@ -5,7 +5,6 @@ BIN    := $(VENV)/bin
 EXTRAS := train,tfds,sweep,dev
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 RUNS   := runs/demo
-SCALE  ?= small
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # 7.5 MB, without the gigabytes of CUDA that it asks for: jax_triton imports no more of it, and so
 # the tests can put the kernels into programs for a GPU on a machine that has none.
@@ -30,7 +29,9 @@ demo: setup
 
 # Redraw the figures of docs/results.md, and its numbers, from the records that are kept.
 figures: setup
-	$(BIN)/python -m experiments.figures --figure=all --scale=$(SCALE) --kept --out=docs/figures/results
+	$(BIN)/python -m experiments.figures --figure=all --scale=paper --kept --out=docs/figures/results
+	$(BIN)/python -m experiments.figures --figure=loss_curves,key_norms --scale=paper --kept \
+		--records=docs/measurements/experiments/wikitext --out=docs/figures/wikitext
 
 check: setup
 	$(BIN)/ruff format --check .

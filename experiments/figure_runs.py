@@ -83,11 +83,17 @@ class Experiment:
         return records.read_record(path) if path is not None and path.is_file() else None
 
     def train(
-        self, variants: Sequence[Variant], *, compile_workers: int, keep_members: bool
+        self,
+        variants: Sequence[Variant],
+        *,
+        compile_workers: int,
+        keep_members: bool,
+        alone: bool = False,
     ) -> dict[str, str]:
         """Trains variants; returns the reasons of those that failed, by name.
 
-        While one is trained the next are compiled, each in a thread.
+        While one is trained the next are compiled, each in a thread; not if `alone`, which their
+        records then say.
 
         Raises:
           TrainingStopped: a signal came; the same call goes on.
@@ -102,7 +108,9 @@ class Experiment:
         with futures.ThreadPoolExecutor(compile_workers) as pool, Progress(*columns) as progress:
             total = progress.add_task("", total=len(variants) * self.base.train.steps)
             try:
-                for position, (variant, prepared) in enumerate(self._prepared(variants, pool)):
+                for position, (variant, prepared) in enumerate(
+                    self._prepared(variants, pool, alone)
+                ):
 
                     def show(step: int, losses: np.ndarray, name=variant.name, at=position) -> None:
                         done = at * self.base.train.steps + step
@@ -122,6 +130,10 @@ class Experiment:
                             on_chunk=show,
                         )
                         record = records.from_ensemble(variant.name, folder)
+                        if alone:
+                            record = dataclasses.replace(
+                                record, summary={**record.summary, "timed_alone": True}
+                            )
                         records.write_record(record, self._path(variant))
                         logger.info("%s", _headline(record))
                     except (ValueError, NotImplementedError, OSError, RuntimeError) as error:
@@ -133,10 +145,14 @@ class Experiment:
         return failed
 
     def _prepared(
-        self, variants: Sequence[Variant], pool: futures.Executor
+        self, variants: Sequence[Variant], pool: futures.Executor, alone: bool
     ) -> Iterator[tuple[Variant, futures.Future]]:
         """Yields variants with what will be their texts and programs."""
         texts: dict[str, ensemble_programs.Texts] = {}
+        if alone:
+            for variant in variants:
+                yield variant, pool.submit(self._prepare, variant, texts)
+            return
         pending = collections.deque(
             (variant, pool.submit(self._prepare, variant, texts)) for variant in variants
         )

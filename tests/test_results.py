@@ -9,37 +9,55 @@ import pytest
 from experiments import figures
 from rbf_jax.analysis import claims
 from rbf_jax.analysis.claims import verdicts
+from rbf_jax.analysis.claims.training import difference_table
 
 REPOSITORY = Path(__file__).parents[1]
-SCALE = "small"
+RECORDS = REPOSITORY / "docs" / "measurements" / "experiments"
 
 
-@pytest.fixture(scope="module")
-def judged(tmp_path_factory):
-    """Drawn from the records as `make figures` draws, elsewhere."""
-    out = tmp_path_factory.mktemp("figures")
-    command = ["figures", "--figure=all", f"--scale={SCALE}", "--kept", f"--out={out}"]
-    assert figures.main(command) == 0
+def draw(figure, records, out):
+    """As `make figures` draws, elsewhere."""
+    command = ["figures", f"--figure={figure}", "--scale=paper", "--kept", f"--out={out}"]
+    assert figures.main([*command, f"--records={RECORDS / records}"]) == 0
     return out
 
 
-def test_the_pictures_are_those_of_the_records(judged):
-    kept = REPOSITORY / "docs" / "figures" / "results"
-    for name in claims.FIGURES:
-        numbers = json.loads((judged / f"{name}.json").read_text())
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    return draw("all", "paper", tmp_path_factory.mktemp("stories"))
+
+
+@pytest.fixture(scope="module")
+def wikitext(tmp_path_factory):
+    return draw("loss_curves,key_norms", "wikitext", tmp_path_factory.mktemp("wikitext"))
+
+
+@pytest.mark.parametrize("text", ["stories", "wikitext"])
+def test_the_pictures_are_those_of_the_records(text, request):
+    folder = {"stories": "results", "wikitext": "wikitext"}[text]
+    kept = REPOSITORY / "docs" / "figures" / folder
+    drawn = request.getfixturevalue(text)
+    names = sorted(p.stem for p in drawn.glob("*.json"))
+    assert len(names) == {"stories": len(claims.FIGURES) + 1, "wikitext": 3}[text]
+    for name in names:
+        numbers = json.loads((drawn / f"{name}.json").read_text())
         assert json.loads((kept / f"{name}.json").read_text()) == numbers, f"make figures: {name}"
-        assert {(kept / f"{name}.{kind}").is_file() for kind in ("png", "svg")} == {True}
+        if name != "verdicts":
+            assert {(kept / f"{name}.{kind}").is_file() for kind in ("png", "svg")} == {True}
 
 
-def test_the_tables_are_those_of_the_records(judged):
+def test_the_tables_are_those_of_the_records(stories, wikitext):
     found = [
         verdicts.Verdict(**{**v, "figures": tuple(v["figures"])})
-        for v in json.loads((judged / "verdicts.json").read_text())
+        for v in json.loads((stories / "verdicts.json").read_text())
     ]
     assert not any("not measured" in v.measured for v in found)
     results = (REPOSITORY / "docs" / "results.md").read_text()
     assert verdicts.table(found, "figures/results/") in results
     assert verdicts.short_table(found) in (REPOSITORY / "README.md").read_text()
+    for folder in (stories, wikitext):
+        curves = json.loads((folder / "loss_curves.json").read_text())
+        assert difference_table(curves) in results
 
 
 def test_links_of_the_results_lead_somewhere():

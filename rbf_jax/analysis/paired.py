@@ -126,6 +126,11 @@ def largest_gradient_norm(record: Record) -> np.ndarray:
     return record.train["grad_norm"][: first_steps(record)].max(0)
 
 
+def mean_log_gradient_norm(record: Record) -> np.ndarray:
+    """(n,) the mean over the first steps of the logarithm of the gradient norm, before clipping."""
+    return np.log(record.train["grad_norm"][: first_steps(record)]).mean(0)
+
+
 def as_numbers(value: Estimate) -> dict[str, float | int]:
     """For JSON."""
     return dataclasses.asdict(value)

@@ -89,14 +89,30 @@ def test_stability_compares_first_gradients_by_rate(tmp_path):
     claim = claims.FIGURES["stability"]
     records = make_records(needed(claim), tmp_path)
     for record in records.values():
-        if record.config["model"]["attention"]["kind"] == "rbf":
-            record.train["grad_norm"][3] = 10.0
-        else:
-            record.train["grad_norm"][3] = 20.0
+        norms = record.train["grad_norm"]
+        rbf = record.config["model"]["attention"]["kind"] == "rbf"
+        norms[: len(norms) // 5] = 3.0 if rbf else 4.0
+        norms[3] = 10.0 if rbf else 20.0
     _, numbers = claim.draw(list(records.values()))
-    ratios = [n["log_gradient_less_dot"] for n in numbers.values() if "log_gradient_less_dot" in n]
-    assert len(ratios) == 5
-    assert all(np.exp(r["mean"]) == pytest.approx(0.5) for r in ratios)
+    compared = [n for n in numbers.values() if "log_gradient_less_dot" in n]
+    assert len(compared) == 5
+    first = 200 // 5
+    mean = ((first - 1) * np.log(3 / 4) + np.log(1 / 2)) / first
+    for n in compared:
+        assert n["log_gradient_less_dot"]["mean"] == pytest.approx(mean)
+        assert np.exp(n["log_largest_less_dot"]["mean"]) == pytest.approx(0.5)
+
+
+def test_times_are_drawn_of_those_that_had_the_machine_alone(tmp_path):
+    claim = claims.FIGURES["loss_curves"]
+    records = make_records(needed(claim), tmp_path)
+    made, _ = claim.draw(list(records.values()))
+    assert not made.axes[1].lines
+    assert "not measured" in made.axes[1].texts[0].get_text()
+    records["base"].summary["timed_alone"] = True
+    made, _ = claim.draw(list(records.values()))
+    (line,) = made.axes[1].lines
+    assert list(line.get_xdata()) == list(records["base"].valid["seconds"])
 
 
 def test_maps_mark_the_registers(tmp_path):
@@ -104,9 +120,21 @@ def test_maps_mark_the_registers(tmp_path):
     records = make_records(needed(claim), tmp_path)
     made, numbers = claim.draw(list(records.values()))
     maps = [axis for axis in made.axes if axis.images]
-    assert len(maps) == 2 * 2 * 2  # models, layers, heads
+    assert len(maps) == 3 * 2 * 2  # models, layers, heads
     assert all([line.get_xdata()[0] for line in axis.lines] == [0.5] for axis in maps)
-    assert len(numbers) == 2
+    assert len(numbers) == 3
+
+
+def test_an_origin_sink_is_a_column_of_its_map(tmp_path):
+    claim = claims.FIGURES["attention_maps"]
+    records = make_records(needed(claim), tmp_path)
+    maps = records["origin_sink=True,num_registers=0"].inside["attention_map"]
+    maps *= 0.75
+    made, _ = claim.draw(list(records.values()))
+    drawn = [axis.images[0].get_array() for axis in made.axes if axis.images]
+    of_sink = drawn[4:8]
+    assert all(array.shape[1] == maps.shape[-1] + 1 for array in of_sink)
+    np.testing.assert_allclose(of_sink[0][:, 0], 0.5, rtol=1e-6)
 
 
 def test_figures_of_the_operation_are_drawn_from_the_kept_files():

@@ -41,7 +41,9 @@ FIGURES = {
     claim.name: claim
     for claim in (
         Claim("loss_curves", "RBF against dot product", "twins", training.loss_curves),
-        Claim("attention_maps", "Attention, registers and sinks", "twins", inside.attention_maps),
+        Claim(
+            "attention_maps", "Attention, registers and sinks", "registers", inside.attention_maps
+        ),
         Claim("key_norms", "Norms of keys", "twins", inside.key_norms),
         Claim("registers", "Registers and the origin sink", "registers", choices.registers),
         Claim("positions", "Positions", "positions", choices.positions),
@@ -128,10 +130,13 @@ def write(
             f"[as vectors]({claim.name}.svg), [numbers]({claim.name}.json)",
             "",
         ]
+        if claim.name == "loss_curves":
+            lines += [training.difference_table(numbers)]
     asked = {claim.name for claim in claims}
     judged = [v for v in verdicts.verdicts(numbers_of) if set(v.figures) <= asked]
     _write_json(out / "verdicts.json", [dataclasses.asdict(v) for v in judged])
-    head = ["# Figures", "", f"`{command}`", "", *_machine(found), "", verdicts.table(judged)]
+    head = ["# Figures", "", f"`{command}`", "", *_machine(found), ""]
+    head += [verdicts.table(judged)] if judged else []
     write_text(out / "report.md", "\n".join([*head, *lines]).rstrip() + "\n")
     return undrawn
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
 
 from rbf_jax.analysis import paired
 from rbf_jax.analysis.claims import panels
@@ -21,6 +22,7 @@ from rbf_jax.analysis.claims.panels import (
     where,
 )
 from rbf_jax.analysis.records import Record
+from rbf_jax.analysis.style import REGISTER_COLOR
 
 
 @styled
@@ -57,10 +59,18 @@ def registers(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             ],
         )
         left = left + np.nan_to_num(masses[name])
+    axes[0, 2].plot(
+        [_even_share(r) for r in records],
+        rows,
+        "|",
+        color=REGISTER_COLOR,
+        label="registers, even share",
+    )
     panels.rows(axes[0, 2], labels)
-    legend_above(made, axes[0, 2], columns=3)
+    legend_above(made, axes[0, 2], columns=4)
     axes[0, 0].set(title="Loss less 1, zero's", xlabel="nats; 95 % interval, paired")
     axes[0, 1].set(title="Spikes", xlabel=f"steps {paired.SPIKE_NATS} nats up")
+    axes[0, 1].set_xlim(left=0, right=max(1.0, axes[0, 1].get_xlim()[1]))
     axes[0, 2].set(title="Attention they take", xlabel="mean weight")
     for axis in axes[0, 1:]:
         axis.set_yticks(rows, [""] * len(records))
@@ -69,6 +79,7 @@ def registers(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
         own = reference.get(kind(record))
         numbers |= panels.result_numbers([record], own)
         numbers[record.name] |= {name: float(masses[name][index]) for name in names}
+        numbers[record.name]["even_share"] = _even_share(record)
     return made, numbers
 
 
@@ -149,13 +160,16 @@ def lengths(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             title={"rbf": "RBF", "dot": "dot product"}[name],
             xlabel="context, tokens",
             ylabel="validation loss, nats per token",
+            yscale="log",
         )
+        axis.yaxis.set_major_locator(MultipleLocator(1))
+        axis.yaxis.set_major_formatter("{x:g}")
     # Those that have no longer contexts may run out of the picture.
     goes_on = [np.array([*r.lengths.values()]) for r in records if len(r.lengths) > 1]
     if goes_on and all(np.isfinite(values).all() for values in goes_on):
         low, high = (min(v.min() for v in goes_on), max(v.max() for v in goes_on))
         for axis in axes[0]:
-            axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+            axis.set_ylim(low * 0.97, high * 1.03)
     for axis in axes[0]:
         axis.minorticks_off()
     if axes[0, 0].lines:
@@ -221,6 +235,14 @@ def _registers(record: Record) -> str:
     text = "none" if number == 0 else f"{number}, {'zero' if init == 'zero' else 'random'}"
     sink = " + sink" if model["attention"]["origin_sink"] else ""
     return f"{'' if model['attention']['kind'] == 'rbf' else 'dot: '}{text}{sink}"
+
+
+def _even_share(record: Record) -> float:
+    """The weight on registers, on average over the queries of a row, were all keys alike."""
+    model = record.config["model"]
+    R, sink = model["num_registers"], bool(model["attention"]["origin_sink"])
+    seen = R + sink + np.arange(1, record.config["data"]["context_length"] + 1)
+    return float(np.mean(R / seen))
 
 
 def _dial(record: Record) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rbf_jax.analysis.claims.panels import (
@@ -24,66 +25,64 @@ from rbf_jax.analysis.style import MASKED_COLOR, REGISTER_COLOR, WEIGHTS_COLORMA
 
 @styled
 def attention_maps(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
-    """All heads of an RBF model and of its dot-product twin, first seed, on one text."""
-    pair = [
-        the(records, kind="rbf", positions="susie", qk_norm=False),
-        the(records, kind="dot", positions="rope", register_init="normal"),
+    """Of each layer the head that gives most to registers and sink, and the one that gives least.
+
+    Models with a register, with an origin sink in its place, and the dot product's twin; the first
+    seed, on one text.
+    """
+    models = [
+        (the(records, kind="rbf", num_registers=1, register_init="zero", origin_sink=False), "RBF"),
+        (the(records, kind="rbf", num_registers=0, origin_sink=True), "RBF, origin sink"),
+        (the(records, kind="dot", positions="rope", register_init="normal"), "dot product"),
     ]
-    shown = [r for r in pair if r is not None]
-    L, N = shown[0].inside["attention_map"].shape[1:3]
-    made, axes = figure(N, L * len(shown), height=7.0 / (L * len(shown)) + 0.12)
+    shown = [(record, name) for record, name in models if record is not None]
+    L = shown[0][0].inside["attention_map"].shape[1]
+    made, axes = figure(len(shown), 2 * L, height=1.25)
     numbers: dict[str, Any] = {}
-    for block, record in enumerate(shown):
-        maps = record.inside["attention_map"][0]  # (L, N, M, R + M)
-        R = maps.shape[-1] - maps.shape[-2]
+    for row, (record, name) in enumerate(shown):
+        taken = (record.inside["register_mass"] + record.inside["sink_mass"])[0]  # (L, N)
+        first = record.inside["first_token_mass"][0]
         for layer in range(L):
-            for head in range(N):
-                axis = axes[head, block * L + layer]
-                weights = maps[layer, head]
-                future = np.arange(weights.shape[1])[None] - R > np.arange(len(weights))[:, None]
-                axis.set_facecolor(MASKED_COLOR)
-                axis.imshow(
-                    np.ma.array(np.sqrt(weights), mask=future),
-                    cmap=WEIGHTS_COLORMAP,
-                    vmin=0,
-                    vmax=1,
-                    interpolation="nearest",
-                    aspect="auto",
-                )
-                if R:
-                    axis.axvline(R - 0.5, color=REGISTER_COLOR, linewidth=0.8)
-                axis.set_xticks([])
-                axis.set_yticks([])
-                axis.grid(visible=False)
-                sink = record.inside["register_mass"] + record.inside["sink_mass"]
-                first = record.inside["first_token_mass"]
-                axis.set_title(
-                    f"{100 * sink[0, layer, head]:.0f} | {100 * first[0, layer, head]:.0f} %",
-                    fontsize=5.5,
-                    fontweight="normal",
-                    pad=1.5,
-                )
-                if head == N - 1:
-                    axis.set_xlabel(f"layer {layer}", fontsize=6.5)
-        axes[0, block * L].annotate(
-            kind(record),
-            (0, 1),
-            xytext=(0, 12),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            fontsize=8.5,
-            fontweight="bold",
-        )
+            for column, head in enumerate((taken[layer].argmax(), taken[layer].argmin())):
+                axis = axes[row, 2 * layer + column]
+                weights = record.inside["attention_map"][0, layer, head]
+                _draw_map(axis, weights, record.config["model"]["attention"]["origin_sink"])
+                masses = f"{taken[layer, head]:.0%} | {first[layer, head]:.0%}"
+                axis.set_title(masses, fontsize=5.5, fontweight="normal", pad=1.5)
+                axis.set_xlabel(f"layer {layer}, head {head}", fontsize=5.5)
+        axes[row, 0].set_ylabel(name, fontsize=8, fontweight="bold")
         numbers[record.name] = {
             name: np.nanmean(record.inside[name], axis=0).tolist()
             for name in ("entropy", "register_mass", "sink_mass", "first_token_mass", "distance")
         }
     made.supxlabel(
-        "Keys (registers left of the red line) by queries; square root of the weight. Above each: "
-        "mean weight on registers and sink | on the first token.",
+        "Keys by queries, square root of the weight; left of the red line registers and sink. "
+        "Above each: mean weight on registers and sink | on the first token.",
         fontsize=6.5,
     )
     return made, numbers
+
+
+def _draw_map(axis: Axes, weights: np.ndarray, origin_sink: bool) -> None:
+    """Weights (M, R + M); the sink's, what is missing to a sum of 1, is drawn as a key's."""
+    if origin_sink:
+        sink = np.clip(1 - weights.sum(-1, keepdims=True), 0, 1)
+        weights = np.concatenate([sink, weights], axis=1)
+    registers = weights.shape[1] - len(weights)
+    future = np.arange(weights.shape[1])[None] - registers > np.arange(len(weights))[:, None]
+    axis.set_facecolor(MASKED_COLOR)
+    axis.imshow(
+        np.ma.array(np.sqrt(weights), mask=future),
+        cmap=WEIGHTS_COLORMAP,
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+        aspect="auto",
+    )
+    if registers:
+        axis.axvline(registers - 0.5, color=REGISTER_COLOR, linewidth=0.8)
+    axis.set(xticks=[], yticks=[])
+    axis.grid(visible=False)
 
 
 @styled

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rbf_jax.analysis import paired
@@ -33,20 +34,19 @@ def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     for record in same:
         x = record.valid["step"]
         band(axes[0, 0], x, record.valid["loss"], line_style(record), kind(record))
-        band(axes[0, 1], record.valid["seconds"], record.valid["loss"], line_style(record), "")
         step = record.train["step"]
         train = np.apply_along_axis(smooth, 0, record.train["loss"])
         band(axes[1, 0], step, train, line_style(record), kind(record))
-    ends = [np.nanmin(r.valid["loss"]) for r in same if np.isfinite(r.valid["loss"]).any()]
-    starts = [np.nanmax(r.valid["loss"][len(r.valid["loss"]) // 4]) for r in same]
-    for axis in (axes[0, 0], axes[0, 1], axes[1, 0]):
-        if ends and np.isfinite(starts).all():
-            span = max(starts) - min(ends)
-            axis.set_ylim(min(ends) - 0.05 * span, max(starts) + 0.1 * span)
+    _by_time(axes[0, 1], same)
+    for axis, losses in (
+        (axes[0, 0], [r.valid["loss"] for r in same]),
+        (axes[0, 1], [r.valid["loss"] for r in same]),
+        (axes[1, 0], [r.train["loss"] for r in same]),
+    ):
+        _leave_out_the_fall(axis, losses)
         axis.set_ylabel("loss, nats per token")
     axes[0, 0].set(title="Validation, SuSiE for all", xlabel="step")
     legend_above(made, axes[0, 0], columns=3)
-    axes[0, 1].set(title="The same by time", xlabel="seconds of training, all seeds")
     axes[1, 0].set(title="Training, smoothed", xlabel="step")
     rows = []
     for positions in ("susie", "rope"):
@@ -79,14 +79,16 @@ def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     )
     matched = the(records, kind="dot", positions="susie", dot_scale="rbf")
     normed = the(records, kind="dot", positions="rope", qk_norm=True)
-    if ours is not None:
-        # In the numbers alone.
-        rows += [(ours, other) for other in (matched, normed) if other is not None]
+    both_normed = the(records, kind="rbf", positions="rope", qk_norm=True)
+    # In the numbers alone.
+    pairs = [(ours, matched), (ours, normed), (both_normed, normed)]
+    rows += [(a, b) for a, b in pairs if a is not None and b is not None]
     numbers: dict[str, Any] = {}
     for record, reference in rows:
-        numbers[f"{record.name} against {reference.name}"] = panels.result_numbers(
-            [record], reference
-        )[record.name]
+        numbers[f"{record.name} against {reference.name}"] = {
+            "label": f"{_label(record)} less {_label(reference)}",
+            **panels.result_numbers([record], reference)[record.name],
+        }
     return made, {"differences": numbers, "records": panels.result_numbers(records, None)}
 
 
@@ -108,9 +110,9 @@ def stability(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             band(axes[row, 2], seen, record.inspected["logit_max"][:some], style, "")
         axes[row, 0].set(title=f"Loss, learning rate {rate:g}", xlabel="step", ylabel="nats")
         axes[row, 1].set(title="Gradient norm", xlabel="step", yscale="log")
-        axes[row, 2].set(title="Largest logit", xlabel="step")
+        axes[row, 2].set(title="Largest logit", xlabel="step", yscale="log")
     if shown:
-        legend_above(made, axes[0, 0], columns=4)
+        legend_above(made, axes[0, 0], columns=5)
     for rate in rates:
         group = [r for r in records if _rate(r) == rate]
         dot = the(group, kind="dot", dot_scale="standard", qk_norm=False)
@@ -122,17 +124,19 @@ def stability(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
                 "steps": paired.first_steps(record),
             }
             if dot is not None and kind(record) == "RBF":
-                ratio = np.log(largest / paired.largest_gradient_norm(dot))
-                numbers[record.name]["log_gradient_less_dot"] = paired.as_numbers(
-                    paired.estimate(ratio)
-                )
+                mean, of_dot = (paired.mean_log_gradient_norm(r) for r in (record, dot))
+                largest_ratio = np.log(largest / paired.largest_gradient_norm(dot))
+                numbers[record.name] |= {
+                    "log_gradient_less_dot": paired.as_numbers(paired.estimate(mean - of_dot)),
+                    "log_largest_less_dot": paired.as_numbers(paired.estimate(largest_ratio)),
+                }
     return made, numbers
 
 
 @styled
 def sensitivity(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
-    """Final loss and spikes against the learning rate."""
-    made, axes = figure(1, 2, height=3.0)
+    """Final loss, whole and where it is low, and spikes against the learning rate."""
+    made, axes = figure(1, 3, height=2.8)
     kinds: dict[str, list[Record]] = {}
     for record in records:
         kinds.setdefault(kind(record), []).append(record)
@@ -144,7 +148,8 @@ def sensitivity(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
         style = line_style(group[0])
         for axis, values in (
             (axes[0, 0], [paired.loss(r) for r in group]),
-            (axes[0, 1], [paired.spikes(r) for r in group]),
+            (axes[0, 1], [paired.loss(r) for r in group]),
+            (axes[0, 2], [paired.spikes(r) for r in group]),
         ):
             made_of = [paired.estimate(v) for v in values]
             mean = np.array([e.mean for e in made_of])
@@ -178,11 +183,65 @@ def sensitivity(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             value = paired.difference(best_of[name], best_of["dot product"])
             numbers[name]["best_less_dot"] = paired.as_numbers(value)
     axes[0, 0].set(title="Final validation loss", ylabel="nats per token")
-    axes[0, 1].set(title=f"Spikes of {paired.SPIKE_NATS} nats", ylabel="steps")
+    axes[0, 1].set(title="The same, nearer")
+    if best_of:
+        least = np.array([paired.loss(record).mean() for record in best_of.values()])
+        margin = np.ptp(least) + 0.01
+        axes[0, 1].set_ylim(least.min() - margin, least.max() + 3 * margin)
+    axes[0, 2].set(title=f"Spikes of {paired.SPIKE_NATS} nats", ylabel="steps")
+    axes[0, 2].set_ylim(bottom=0)
     for axis in axes.flat:
         axis.set(xscale="log", xlabel="learning rate")
-    legend_above(made, axes[0, 0], columns=4)
+    legend_above(made, axes[0, 0], columns=5)
     return made, numbers
+
+
+def _label(record: Record) -> str:
+    start = record.config["model"]["register_init"]
+    suffix = "" if start == "zero" else ", random register"
+    return f"{kind(record)}, {panels.positions(record)}{suffix}"
+
+
+def _leave_out_the_fall(axis: Axes, losses: Sequence[np.ndarray]) -> None:
+    """Shows the last two thirds of curves (m, n) from top to bottom."""
+    later = np.concatenate([values[len(values) // 3 :].ravel() for values in losses])
+    later = later[np.isfinite(later)]
+    if len(later):
+        low, high = later.min(), np.quantile(later, 0.99)
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+
+
+def _by_time(axis: Axes, records: Sequence[Record]) -> None:
+    """Of those alone that had the machine for themselves."""
+    timed = [r for r in records if r.summary.get("timed_alone")]
+    for record in timed:
+        band(axis, record.valid["seconds"], record.valid["loss"], line_style(record), "")
+    axis.set(title="The same by time", xlabel="seconds of training, all seeds")
+    if not timed:
+        text = "not measured: other programs\nran beside (--alone times)"
+        axis.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center", va="center")
+        axis.set(xticks=[], yticks=[])
+
+
+def difference_table(curves: Mapping[str, Any]) -> str:
+    """Markdown: a row for each difference of `loss_curves`."""
+    lines = [
+        "| | loss after the last step, nats | least loss | steps saved |",
+        "|---|---:|---:|---:|",
+    ]
+
+    def cell(value: Mapping[str, Any], digits: int) -> str:
+        if not value["n"]:
+            return "diverged"
+        mean, low, high = (f"{value[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+        return f"{mean} [{low}, {high}]"
+
+    for numbers in curves["differences"].values():
+        final, best = (cell(numbers[f"{which}_difference"], 3) for which in ("final", "best"))
+        lines.append(
+            f"| {numbers['label']} | {final} | {best} | {cell(numbers['steps_saved'], 0)} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _largest(values: np.ndarray) -> float:
