@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_kept_draws_from_records_alone(tmp_path, monkeypatch, capsys):
         config["model"]["attention"]["key_norm_weight"] = weight
         records.write_record(make_record(name, config), kept / f"{name}{records.SUFFIX}")
     arguments = ["--figure=dial", "--scale=smoke", "--kept", f"--records={kept}"]
-    assert main(*arguments, f"--out={tmp_path / 'out'}") == 1
+    assert main(*arguments, f"--out={tmp_path / 'out'}") == 0
     assert "no record of key_norm_weight=0," in capsys.readouterr().err
     numbers = json.loads((tmp_path / "out" / "dial.json").read_text())
     assert numbers.keys() == {"base", "key_norm_weight=0"}
@@ -145,6 +146,32 @@ def test_stopped_it_says_so(experiment, monkeypatch):
     monkeypatch.setattr(ensemble_programs, "compile_programs", lambda *_, **__: None)
     with pytest.raises(TrainingStopped, match="stopped by a signal"):
         experiment.train(variants, compile_workers=1, keep_members=False)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_alone_nothing_is_compiled_beside_training(alone, experiment, monkeypatch):
+    happened = []
+    written = []
+    monkeypatch.setattr(Experiment, "_prepare", lambda self, variant, texts: (None, variant.name))
+
+    def train(config, folder, texts, name, **_):
+        happened.append(("trained", name))
+
+    class Pool(futures.ThreadPoolExecutor):
+        def submit(self, function, variant, *rest):
+            happened.append(("compiled", variant.name))
+            return super().submit(function, variant, *rest)
+
+    monkeypatch.setattr(futures, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(ensemble, "train_ensemble", train)
+    made = make_record("made", scales.get_config("smoke").to_dict())
+    monkeypatch.setattr(records, "from_ensemble", lambda name, folder: made)
+    monkeypatch.setattr(records, "write_record", lambda record, path: written.append(record))
+    variants = [Variant("a", {}), Variant("b", {})]
+    experiment.train(variants, compile_workers=1, keep_members=False, alone=alone)
+    order = [("compiled", "a"), ("trained", "a"), ("compiled", "b"), ("trained", "b")]
+    assert (happened == order) == alone
+    assert {r.summary.get("timed_alone", False) for r in written} == {alone}
 
 
 def test_a_broken_record_is_made_again(experiment, caplog):
