@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ def attend(
       num_registers: R.
       past: a cache to fill, or to go on from; or None.
       segment_ids: of `registers.attend`.
-      implementation: of the operation; a `Step` takes the best for a few queries.
+      implementation: of the operation; a `Step` takes its own of this name, or its best.
       **options: of `registers.attend`.
 
     Returns:
@@ -131,8 +131,15 @@ def attend(
     """
     if isinstance(past, Step):
         cache = caches.append(past.cache, key, value, past.starts, past.lengths, num_registers)
+        named = implementation if implementation in get_args(decode.Implementation) else None
         out, _ = decode.attend(
-            query, cache, past.starts, past.lengths, num_registers=num_registers, **options
+            query,
+            cache,
+            past.starts,
+            past.lengths,
+            num_registers=num_registers,
+            implementation=named,
+            **options,
         )
         return out, cache
     options = {"segment_ids": segment_ids, "implementation": implementation, **options}

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rbf_jax.nn import cache as caches
 from rbf_jax.nn.cache import empty_cache, num_slots
+from rbf_jax.ops.cache import empty
 from tests.nn.models import LENGTH, VOCAB, primitives, quick_jit, small_config, small_model
 
 B = 3
@@ -157,6 +159,22 @@ def test_a_step_reads_no_keys_to_square_them():
     ]
     assert large.count("dot_general") == 2
     assert set(large) <= {"dot_general", "scatter", "convert_element_type", "jit", "pjit"}
+
+
+@pytest.mark.parametrize(
+    ("implementation", "named"),
+    [(None, None), ("xla", "xla"), ("triton", "triton"), ("reference", None)],
+)
+def test_a_step_takes_its_implementation_of_the_name(implementation, named, monkeypatch):
+    """As jax.export needs it, which names "xla"; one that has no step takes the best."""
+    asked = []
+    monkeypatch.setattr(
+        caches.decode, "attend", lambda q, *_, **options: asked.append(options) or (q, None)
+    )
+    tokens, zeros = jnp.ones((1, 1, 1, 8)), jnp.zeros(1, jnp.int32)
+    step = caches.Step(empty(1, 1, 4, 8, "float32"), zeros, zeros + 1)
+    caches.attend(tokens, tokens, tokens, 0, step, implementation=implementation)
+    assert [options["implementation"] for options in asked] == [named]
 
 
 def test_wrong_input_is_an_error():

@@ -27,6 +27,8 @@ KERNELS = {
 FLOAT32 = {"norms", "per_head", "logsumexp", "old_logsumexp", "dlogsumexp", "delta", "moments"}
 FLOAT32 |= {"column_sums"}
 INT32 = {
+    "starts",
+    "lengths",
     "query_lengths",
     "key_lengths",
     "query_segments",
@@ -57,7 +59,7 @@ def _signature(kernel, dtype: str) -> dict[str, str]:
 
 @functools.cache
 def _compile(name: str, chosen: tiles.Tiles, head_dim: int, dtype: str, causal: bool, target: int):
-    """Returns what Triton made, and the bytes that it keeps on the stack."""
+    """Returns what Triton made."""
     kernel = KERNELS[name]
     num_heads = max(1, 2048 // head_dim)
     constants = {
@@ -71,7 +73,13 @@ def _compile(name: str, chosen: tiles.Tiles, head_dim: int, dtype: str, causal: 
         "FLAGS_PER_PROGRAM": 8,
         "MAX_REGISTERS": chosen.max_registers,
     }
+    return compiled_for(target, kernel, dtype, constants, chosen)
+
+
+def compiled_for(target: int, kernel, dtype: str, constants, chosen: tiles.Tiles, types=None):
+    """What Triton makes of a kernel; `types` of pointers go before those that names have."""
     signature = _signature(kernel, dtype)
+    signature |= {f"{name}_ptr": kind for name, kind in (types or {}).items()}
     source = triton.compiler.ASTSource(
         kernel,
         signature,
@@ -93,7 +101,7 @@ def _compile(name: str, chosen: tiles.Tiles, head_dim: int, dtype: str, causal: 
     )
 
 
-def _registers_and_stack(compiled, folder) -> tuple[int, int]:
+def registers_and_stack(compiled, folder) -> tuple[int, int]:
     file = folder / "kernel.cubin"
     file.write_bytes(compiled.asm["cubin"])
     command = [str(BIN / "cuobjdump"), "-res-usage", str(file)]
@@ -138,7 +146,7 @@ def test_the_table_is_not_empty():
 )
 def test_tuned_tiles(name, chosen, head_dim, dtype, causal, target, tmp_path):
     compiled = _compile(name, chosen, head_dim, dtype, causal, target)
-    registers, stack = _registers_and_stack(compiled, tmp_path)
+    registers, stack = registers_and_stack(compiled, tmp_path)
     limit = tiles.shared_memory_limit(target)
     assert compiled.metadata.shared <= tiles.shared_memory(name, chosen, head_dim, dtype) <= limit
     assert registers <= (chosen.max_registers or 255)
@@ -159,7 +167,7 @@ DEFAULTS = [
 def test_default_tiles(name, head_dim, dtype, target, tmp_path):
     chosen = tiles.default_tiles(name, head_dim, dtype, target)
     compiled = _compile(name, chosen, head_dim, dtype, True, target)
-    registers, _ = _registers_and_stack(compiled, tmp_path)
+    registers, _ = registers_and_stack(compiled, tmp_path)
     needed = tiles.shared_memory(name, chosen, head_dim, dtype)
     assert compiled.metadata.shared <= needed <= tiles.shared_memory_limit(target)
     assert registers <= 255

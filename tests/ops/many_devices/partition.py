@@ -10,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops import xla
+from rbf_jax.ops import decode, xla
+from rbf_jax.ops.cache import KeysValues
 from rbf_jax.ops.partition import by_batch_and_heads
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.types import Inputs, Masking, Options
@@ -68,10 +69,8 @@ def test_the_parts_make_the_whole(mesh, spec, N, K):
         assert not collectives(compiled)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize(("N", "K"), [(4, 4), (8, 4)])
-def test_triton_gathers_nothing(mesh, spec, N, K, monkeypatch):
-    """All kernels of both passes, launched as something that XLA cannot split either."""
+def _pretend(monkeypatch) -> list[tuple[int, ...]]:
+    """Launches something in place of kernels; returns where the shapes of first inputs will be."""
     queries = []
 
     def run(kernel, inputs, outputs, **_):
@@ -82,6 +81,14 @@ def test_triton_gathers_nothing(mesh, spec, N, K, monkeypatch):
     monkeypatch.setattr(launch, "unavailable", lambda: None)
     target = launch.Target("NVIDIA H100 80GB HBM3", 90)
     monkeypatch.setattr(launch, "target", lambda: target)
+    return queries
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(("N", "K"), [(4, 4), (8, 4)])
+def test_triton_gathers_nothing(mesh, spec, N, K, monkeypatch):
+    """All kernels of both passes, launched as something that XLA cannot split either."""
+    queries = _pretend(monkeypatch)
 
     def both(q, k, v, dout):
         attend = functools.partial(rbf_attention, implementation="triton", is_causal=True)
@@ -95,3 +102,22 @@ def test_triton_gathers_nothing(mesh, spec, N, K, monkeypatch):
     assert queries.count(part) >= 3
     out, (dq, dk, dv) = compiled(*sharded)
     assert {x.sharding.spec for x in (out, dq, dk, dv)} == {spec}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_attention_to_a_cache_gathers_nothing(mesh, spec, monkeypatch):
+    """Batch and heads of query and cache are where they are; all else is small."""
+    queries = _pretend(monkeypatch)
+    query = jax.device_put(jnp.ones((B, 1, 8, H)), NamedSharding(mesh, spec))
+    batch, heads = spec[0], spec[2] if len(spec) == 3 else None
+    of_cache = NamedSharding(mesh, P(batch, heads))
+    cache = jax.device_put(
+        KeysValues(jnp.ones((B, 4, S, H)), jnp.ones((B, 4, S, H)), jnp.ones((B, 4, S))), of_cache
+    )
+    lengths = jax.device_put(jnp.full(B, S, jnp.int32), NamedSharding(mesh, P(batch)))
+    attend = functools.partial(decode.attend, implementation="triton", gamma=jnp.ones(8))
+    compiled = jax.jit(attend).lower(query, cache, lengths - 1, lengths).compile()
+    assert not collectives(compiled)
+    assert NamedSharding(mesh, spec).shard_shape(query.shape) in queries
+    out, _ = compiled(query, cache, lengths - 1, lengths)
+    assert out.sharding.spec == spec
