@@ -10,7 +10,8 @@ over n times that of one, which is measured first and again at the end.
 
 The step is the one that training runs; tokens are random and on the devices, as in
 experiments.bench_training. tokens/s is the median over --rounds of --steps steps. Memory is the
-compiler's plan for a device: arguments, temporaries and results of one step.
+compiler's plan for a device: arguments, temporaries and results of one step. The file is written
+after each case: cut off, it holds those that were measured.
 
 Exit status: 0 measured; 2 wrong command or configuration.
 """
@@ -22,7 +23,7 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,14 @@ def main(argv: Sequence[str]) -> int:
         spec = f"--config={options.config}"
         config = config_files.parse([argv[0], spec, *overrides])[0]
         cases = all_cases(config, options.devices, options.meshes)
-        print(HEADER)
-        content = measure(config, cases, options)
+        command = " ".join(["python -m experiments.bench_scaling", *argv[1:]])
+        content = {"command": command, "config": config.to_dict(), **_settings(options)}
+        for content["results"] in measure(config, cases, options):
+            write_text(Path(options.out), json.dumps(content, indent=1) + "\n")
     except (ValueError, NotImplementedError) as error:
         print(f"bench_scaling: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    command = " ".join(["python -m experiments.bench_scaling", *argv[1:]])
-    content = {"command": command, "config": config.to_dict(), **content}
-    write_text(Path(options.out), json.dumps(content, indent=1) + "\n")
+    print("\n".join([HEADER, *map(_line, content["results"])]))
     print(f"{content['device']}, {content['date']}; written to {options.out}")
     return 0
 
@@ -113,25 +114,34 @@ def all_cases(config: Any, devices: Sequence[int] | None, axes: Sequence[str]) -
     return cases
 
 
-def measure(config: Any, cases: Sequence[Case], options: argparse.Namespace) -> dict[str, Any]:
-    """Times all cases, one device before and after them; returns the content of the JSON file."""
-    from rbf_jax import environment
-
+def measure(
+    config: Any, cases: Sequence[Case], options: argparse.Namespace
+) -> Iterator[list[dict[str, Any]]]:
+    """Times all cases, one device before and after them; yields what there is after each."""
     one = Case("strong", 1, "data")
     running = _prepare(config, one, options)
     rates = _rates(running, options)
-    results = []
+    results = [_shown(_result(one, running, rates))]
+    yield _with_efficiency(results)
     for case in cases:
         several = _prepare(config, case, options)
-        results.append(_result(case, several, _rates(several, options)))
-        print(f"{case}: {results[-1]['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
-    alone = _result(one, running, rates + _rates(running, options))
-    for result in (alone, *results):
-        ideal = result["devices"] * alone["tokens_per_second"]
-        result["efficiency"] = result["tokens_per_second"] / ideal
-        print(_line(result), flush=True)
+        results.append(_shown(_result(case, several, _rates(several, options))))
+        yield _with_efficiency(results)
+    results[0] = _shown(_result(one, running, rates + _rates(running, options)))
+    yield _with_efficiency(results)
+
+
+def _with_efficiency(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first is one device's."""
+    alone = results[0]["tokens_per_second"]
+    return [{**r, "efficiency": r["tokens_per_second"] / (r["devices"] * alone)} for r in results]
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    from rbf_jax import environment
+
     settings = {name: getattr(options, name) for name in ("vocab_size", "rounds", "steps")}
-    return {**environment.describe(), **settings, "results": [alone, *results]}
+    return {**environment.describe(), **settings}
 
 
 def _prepare(config: Any, case: Case, options: argparse.Namespace) -> bench_training.Running:
@@ -161,10 +171,17 @@ def _result(case: Case, running: bench_training.Running, rates: Sequence[float])
     }
 
 
+def _shown(result: dict[str, Any]) -> dict[str, Any]:
+    several = f"{result['scaling']} scaling to {result['axis']}={result['devices']}"
+    name = "one device" if result["devices"] == 1 else several
+    rate = f"{result['tokens_per_second']:,.0f} tokens/s"
+    print(f"{name}: {rate}", file=sys.stderr, flush=True)
+    return result
+
+
 def _line(result: dict[str, Any]) -> str:
-    scaling = "one device" if result["devices"] == 1 else result["scaling"]
     cells = [
-        scaling,
+        "one device" if result["devices"] == 1 else result["scaling"],
         str(result["devices"]),
         "" if result["devices"] == 1 else result["axis"],
         str(result["batch_size"]),

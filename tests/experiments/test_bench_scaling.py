@@ -49,6 +49,25 @@ def test_one_device_and_all_by_mesh_and_by_what_is_kept(content):
     assert content["versions"]["jax"]
 
 
+def test_cut_off_it_leaves_what_was_measured(tmp_path, monkeypatch):
+    prepare = bench_scaling._prepare
+
+    def break_off(config, case, options):
+        if case.scaling == "weak":
+            raise KeyboardInterrupt
+        return prepare(config, case, options)
+
+    monkeypatch.setattr(bench_scaling, "_prepare", break_off)
+    monkeypatch.chdir(REPOSITORY)
+    out = tmp_path / "scaling.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench_scaling.main(["bench", RBF, *TINY, "--meshes=data", f"--out={out}"])
+    one, strong = json.loads(out.read_text())["results"]
+    assert (one["devices"], strong["devices"]) == (1, 2)
+    ratio = strong["tokens_per_second"] / one["tokens_per_second"]
+    assert strong["efficiency"] == pytest.approx(ratio / 2)
+
+
 def test_a_case_has_its_mesh():
     config = bench_scaling.config_files.parse(["", SMOKE])[0]
     changed = Case("weak", 4, "seq").of(config)
