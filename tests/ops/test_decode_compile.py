@@ -36,7 +36,6 @@ def _compile(sizes, rows, head_dim, dtype, target):
         "RULES": Rules(K * group, K, head_dim, causal=True, left=4000, slopes=True, sink=True),
         "QUERIES": rows // group,
         "REGISTERS": 1,
-        "SPLITS": sizes.num_splits,
         "BLOCK_Q": sizes.tiles.block_q,
         "BLOCK_K": sizes.tiles.block_k,
         "BLOCK_H": tiles.padded_head_dim(head_dim),
@@ -89,7 +88,6 @@ def test_keys_come_while_others_are_multiplied():
 def test_merge(num_splits, dtype, tmp_path):
     constants = {
         "HEAD_DIM": 80,
-        "SPLITS": num_splits,
         "BLOCK_SPLITS": num_splits,
         "BLOCK_H": 32,
         "MAX_REGISTERS": None,

@@ -25,7 +25,7 @@ KERNELS = {
     "keys": backward.keys_kernel,
 }
 FLOAT32 = {"norms", "per_head", "logsumexp", "old_logsumexp", "dlogsumexp", "delta", "moments"}
-FLOAT32 |= {"column_sums"}
+FLOAT32 |= {"column_sums", "gamma", "norm_weight", "slopes"}
 INT32 = {
     "starts",
     "lengths",

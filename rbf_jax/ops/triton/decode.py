@@ -21,7 +21,6 @@ from rbf_jax.ops.triton import launch
 from rbf_jax.ops.triton.tiles import Tiles, padded_head_dim, shared_memory_limit
 from rbf_jax.ops.vmap import folding_vmap
 
-_LOG2E = 1.4426950408889634
 _LARGEST_HEAD_DIM = 256
 # Of the queries of a program; with more it runs out of registers.
 _LARGEST_QUERY_BYTES = 2**14
@@ -197,11 +196,13 @@ def _kernels(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.
         target=plan.target,
     )
     splits, tiles = sizes.num_splits, sizes.tiles
-    per_head = _per_head(shared, N)
+    per_head = [shared.gamma if x is None else x for x in shared]
+    sets = max(x.shape[0] for x in per_head)
+    arrays = [*full, *(jnp.broadcast_to(x, (sets, N)) for x in per_head)]
     part_dtype = full.query.dtype if splits == 1 else jnp.float32
     out, logsumexp = launch.run(
         decode_kernels.decode_kernel,
-        [*full[:4], per_head, *full[4:], S, 3 * N if per_head.shape[0] > 1 else 0],
+        [*arrays, S, N if sets > 1 else 0, splits],
         [
             jax.ShapeDtypeStruct((B, T, N, splits, H), part_dtype),
             jax.ShapeDtypeStruct((B, T, N, splits), jnp.float32),
@@ -211,7 +212,6 @@ def _kernels(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.
             "RULES": rules,
             "QUERIES": T,
             "REGISTERS": R,
-            "SPLITS": splits,
             "BLOCK_Q": tiles.block_q,
             "BLOCK_K": tiles.block_k,
             "BLOCK_H": padded_head_dim(H),
@@ -223,7 +223,7 @@ def _kernels(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.
     block_h = min(_MERGED_FEATURES, padded_head_dim(H))
     out, logsumexp = launch.run(
         decode_kernels.merge_kernel,
-        [out, logsumexp],
+        [out, logsumexp, splits],
         [
             jax.ShapeDtypeStruct((B, T, N, H), full.query.dtype),
             jax.ShapeDtypeStruct((B, T, N), jnp.float32),
@@ -231,24 +231,12 @@ def _kernels(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.
         programs=B * T * N * _cdiv(H, block_h),
         constants={
             "HEAD_DIM": H,
-            "SPLITS": splits,
             "BLOCK_SPLITS": _power_of_two(splits),
             "BLOCK_H": block_h,
         },
         tiles=Tiles(16, 16, num_warps=4, num_stages=1),
     )
     return out, logsumexp
-
-
-def _per_head(shared: _Shared, num_heads: int) -> jax.Array:
-    """2γ, λγ and the slopes, all times log₂e: (B or 1, 3, N)."""
-    gamma, weight, slopes = shared
-    slopes = jnp.zeros_like(gamma) if slopes is None else slopes
-    sets = max(x.shape[0] for x in (gamma, weight, slopes))
-    numbers = (2 * gamma, gamma * weight, slopes)
-    return jnp.float32(_LOG2E) * jnp.stack(
-        [jnp.broadcast_to(x, (sets, num_heads)) for x in numbers], axis=1
-    )
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -28,17 +28,19 @@ def decode_kernel(
     key_ptr,  # (B, K, S, H)
     value_ptr,  # (B, K, S, H)
     norms_ptr,  # float32 (B, K, S): ‖k‖²
-    per_head_ptr,  # float32 (B or 1, 3, N): 2γ, λγ and the ALiBi slope, all times log₂e
     starts_ptr,  # int32 (B,): the position of query 0
     lengths_ptr,  # int32 (B,): tokens in the cache
+    gamma_ptr,  # float32 (B or 1, N)
+    norm_weight_ptr,  # float32 (B or 1, N): λ
+    slopes_ptr,  # float32 (B or 1, N)
     S,
-    per_head_stride,  # of the batch axis
-    out_ptr,  # (B, T, N, SPLITS, H): softmax over the keys of a split
-    logsumexp_ptr,  # float32 (B, T, N, SPLITS); −∞ where a row may attend to none of them
+    per_head_stride,  # of the batch axis of the three before
+    num_splits,
+    out_ptr,  # (B, T, N, splits, H): softmax over the keys of a split
+    logsumexp_ptr,  # float32 (B, T, N, splits); −∞ where a row may attend to none of them
     RULES: tl.constexpr,
     QUERIES: tl.constexpr,  # T
     REGISTERS: tl.constexpr,  # R
-    SPLITS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -53,8 +55,8 @@ def decode_kernel(
     TILES: tl.constexpr = (ROWS + BLOCK_Q - 1) // BLOCK_Q
     # Tiles of the same keys are neighbours, so that these stay in the L2 cache.
     program = tl.program_id(0)
-    tile, split = program % TILES, program // TILES % SPLITS
-    batch_head = program // (TILES * SPLITS)
+    tile, split = program % TILES, program // TILES % num_splits
+    batch_head = program // (TILES * num_splits)
     batch, key_head = (batch_head // K).to(tl.int64), batch_head % K
 
     rows, features = tile * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_H)
@@ -64,9 +66,12 @@ def decode_kernel(
     query = load_rows(
         query_ptr + (places * H)[:, None] + features[None, :], rows, ROWS, False, RULES
     )
-    per_head_ptr += batch * per_head_stride + heads
-    scale, norm_weight = tl.load(per_head_ptr), tl.load(per_head_ptr + N)
-    slope = tl.load(per_head_ptr + 2 * N)
+    places_of_heads = batch * per_head_stride + heads
+    gamma = LOG2E * tl.load(gamma_ptr + places_of_heads)
+    norm_weight = gamma * tl.load(norm_weight_ptr + places_of_heads)
+    slope = gamma
+    if RULES.slopes:
+        slope = LOG2E * tl.load(slopes_ptr + places_of_heads)
 
     start, length = tl.load(starts_ptr + batch), tl.load(lengths_ptr + batch)
     ring = S - REGISTERS
@@ -75,7 +80,7 @@ def decode_kernel(
         first = tl.maximum(first, start - LEFT)
     first_slot = first % ring
     count = REGISTERS + tl.maximum(tl.minimum(start + QUERIES, length) - first, 0)
-    share = tl.cdiv(tl.cdiv(count, BLOCK_K), SPLITS) * BLOCK_K
+    share = tl.cdiv(tl.cdiv(count, BLOCK_K), num_splits) * BLOCK_K
     begin = split * share
     stop = tl.minimum(begin + share, count)
 
@@ -107,7 +112,7 @@ def decode_kernel(
         key = load_rows(key_ptr + offsets, counted, stop, False, RULES)
         norms = tl.load(norms_ptr + slots, mask=here, other=0.0)
         products = tl.dot(query, tl.trans(key), input_precision="tf32x3")
-        logits = products * scale[:, None] - norms[None, :] * norm_weight[:, None]
+        logits = products * (2 * gamma)[:, None] - norms[None, :] * norm_weight[:, None]
         if RULES.slopes:
             logits -= slope[:, None] * behind.to(tl.float32)
         logits = tl.where(allowed, logits, -float("inf"))
@@ -124,7 +129,7 @@ def decode_kernel(
         )
 
     empty = total == 0
-    places = places * SPLITS + split
+    places = places * num_splits + split
     out = acc / tl.where(empty, 1.0, total)[:, None]
     store_rows(out_ptr + (places * H)[:, None] + features[None, :], out, rows, ROWS, RULES)
     logsumexp = tl.where(empty, -float("inf"), (maximum + tl.log2(total)) * LN2)
@@ -133,13 +138,13 @@ def decode_kernel(
 
 @triton.jit
 def merge_kernel(
-    parts_ptr,  # float32 (rows, SPLITS, H)
-    part_logsumexp_ptr,  # float32 (rows, SPLITS)
+    parts_ptr,  # float32 (rows, splits, H)
+    part_logsumexp_ptr,  # float32 (rows, splits)
+    num_splits,
     out_ptr,  # (rows, H)
     logsumexp_ptr,  # float32 (rows,)
     HEAD_DIM: tl.constexpr,  # H
-    SPLITS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,  # SPLITS rounded up to a power of two
+    BLOCK_SPLITS: tl.constexpr,  # a power of two, at least splits
     BLOCK_H: tl.constexpr,
     MAX_REGISTERS: tl.constexpr,  # read by launch.py
 ):
@@ -147,9 +152,9 @@ def merge_kernel(
     BLOCKS: tl.constexpr = (HEAD_DIM + BLOCK_H - 1) // BLOCK_H
     row, block = (tl.program_id(0) // BLOCKS).to(tl.int64), tl.program_id(0) % BLOCKS
     splits, features = tl.arange(0, BLOCK_SPLITS), block * BLOCK_H + tl.arange(0, BLOCK_H)
-    places = row * SPLITS + splits
-    logsumexps = tl.load(part_logsumexp_ptr + places, mask=splits < SPLITS, other=-float("inf"))
-    inside = (splits < SPLITS)[:, None] & (features < HEAD_DIM)[None, :]
+    places = row * num_splits + splits
+    logsumexps = tl.load(part_logsumexp_ptr + places, mask=splits < num_splits, other=-float("inf"))
+    inside = (splits < num_splits)[:, None] & (features < HEAD_DIM)[None, :]
     offsets = (places * HEAD_DIM)[:, None] + features[None, :]
     parts = tl.load(parts_ptr + offsets, mask=inside, other=0.0)
     largest = tl.max(logsumexps, 0)
