@@ -23,6 +23,7 @@ from rbf_jax.analysis.diagnostics import diagnose
 from rbf_jax.analysis.records import Record
 from rbf_jax.analysis.variants import Variant
 from rbf_jax.training import ensemble, ensemble_programs
+from rbf_jax.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class Experiment:
 
                     try:
                         texts, programs = prepared.result()
-                        folder = self.out / "runs" / variant.name
+                        folder = self._folder(variant)
                         self._reopen(variant, folder)
                         ensemble.train_ensemble(
                             self.config(variant),
@@ -161,6 +162,9 @@ class Experiment:
 
     def _prepare(self, variant: Variant, texts: dict[str, ensemble_programs.Texts]) -> Any:
         config = self.config(variant)
+        config.seed = self.seeds[0]
+        with RunFolder(self._folder(variant)).claimed(config):
+            pass  # A folder of another configuration is noticed before minutes of compiling.
         key = json.dumps([_plain(config)["data"], _plain(config)["train"]], sort_keys=True)
         with _reading:
             if key not in texts:
@@ -182,6 +186,9 @@ class Experiment:
         config = self.config(variant)
         most = 1 if config.model.positions == "learned" else max(variant.lengths, default=0)
         return {m * config.data.context_length for m in variant.lengths if m <= most}
+
+    def _folder(self, variant: Variant) -> Path:
+        return self.out / "runs" / variant.name
 
     def _path(self, variant: Variant) -> Path:
         return self.out / "records" / f"{variant.name}{records.SUFFIX}"

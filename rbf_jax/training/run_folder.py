@@ -101,8 +101,8 @@ class RunFolder:
                 logger.info("%s goes on with %s.", self.path, "; ".join(changes))
             elif self.metrics.exists() or self.checkpoints.exists():
                 raise ValueError(
-                    f"{self.path} holds a run of another configuration; choose another --run, or "
-                    f"delete it. Different: {'; '.join(others)}"
+                    f"{self.path} holds a run of another configuration; choose another, or "
+                    f"delete this one. Different: {'; '.join(others)}"
                 )
             else:
                 logger.info(

@@ -137,6 +137,15 @@ def test_a_variant_that_fails_does_not_stop_the_others(experiment):
     assert experiment.find_kept(good).seeds == (0, 1)
 
 
+def test_a_folder_of_another_configuration_is_noticed_before_compiling(experiment, monkeypatch):
+    variant = Variant("taken", {})
+    assert experiment.train([variant], compile_workers=1, keep_members=False) == {}
+    monkeypatch.setattr(ensemble_programs, "compile_programs", None)
+    other = Variant("taken", {"optimizer.learning_rate": 0.5})
+    failed = experiment.train([other], compile_workers=1, keep_members=False)
+    assert "holds a run of another configuration; choose another, or delete" in failed["taken"]
+
+
 def test_stopped_it_says_so(experiment, monkeypatch):
     def stop(*_, **__):
         raise TrainingStopped("stopped by a signal", 15)

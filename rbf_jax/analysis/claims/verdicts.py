@@ -64,11 +64,15 @@ def verdicts(numbers: Mapping[str, Numbers]) -> list[Verdict]:
 
 
 def table(found: list[Verdict], folder: str = "") -> str:
-    """Markdown: a row for each claim, with links to the figures in `folder`."""
-    lines = ["| the article says | measured | verdict | figures |", "|---|---|---|---|"]
+    """Markdown: a row for each claim, with links to figures in `folder` and what redraws them."""
+    lines = [
+        "| the article says | measured | verdict | figures | `python -m experiments.figures …` |",
+        "|---|---|---|---|---|",
+    ]
     for v in found:
         links = ", ".join(f"[{name}]({folder}{name}.png)" for name in v.figures)
-        lines.append(f"| {v.claim} | {v.measured} | **{v.verdict}** | {links} |")
+        command = f"`--figure={','.join(v.figures)}`"
+        lines.append(f"| {v.claim} | {v.measured} | **{v.verdict}** | {links} | {command} |")
     return "\n".join(lines) + "\n"
 
 
