@@ -1,0 +1,51 @@
+"""The pages of docs/ work: their Python runs and prints what they say, their links lead somewhere."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+LINK = re.compile(r"\]\((?!http)([^)#]+)")
+
+
+def check_blocks(page):
+    """Runs the page's Python, one block after another, and compares what each prints."""
+    names: dict = {}
+    blocks = BLOCK.findall((DOCS / page).read_text())
+    assert blocks
+    with jax.numpy_dtype_promotion("standard"):  # as a reader has it
+        for code, expected in blocks:
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile(code, page, "exec"), names)
+            compare(printed.getvalue(), expected)
+
+
+def compare(printed, expected):
+    """Words must be the same, numbers to 10 %: training differs between machines."""
+    (words, numbers), (expected_words, expected_numbers) = parts(printed), parts(expected)
+    assert words == expected_words
+    assert numbers == pytest.approx(expected_numbers, rel=0.1)
+
+
+def parts(text):
+    """Words and numbers of a text; how wide its columns are is of no account."""
+    found = re.split(r"(-?\d+(?:\.\d*)?(?:e-?\d+)?)", " ".join(text.split()))
+    return found[::2], [float(number) for number in found[1::2]]
+
+
+@pytest.mark.parametrize("page", ["mathematics.md", "tutorial.md"])
+def test_python(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the tutorial keeps its tokens below .cache
+    check_blocks(page)
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    missing = [x for x in LINK.findall(page.read_text()) if not (page.parent / x).exists()]
+    assert not missing
