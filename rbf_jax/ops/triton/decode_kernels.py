@@ -89,10 +89,11 @@ def decode_kernel(
     value_ptr += offset * H
     norms_ptr += offset
     acc = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
+    # Sums stay apart, added up at the end: warps would wait for each other in every block.
+    PARTS: tl.constexpr = BLOCK_K if BLOCK_K < 32 else 32
+    total = tl.zeros([BLOCK_Q, PARTS], tl.float32)
     maximum = tl.full([BLOCK_Q], -float("inf"), tl.float32)
     if RULES.sink:  # one split has it
-        total += tl.where(split == 0, 1.0, 0.0)
         maximum = tl.where(split == 0, 0.0, maximum)
     for at in tl.range(begin, stop, BLOCK_K):
         counted = at + tl.arange(0, BLOCK_K)
@@ -122,12 +123,16 @@ def decode_kernel(
         rescale = tl.exp2(maximum - subtract)
         weights = tl.exp2(logits - subtract[:, None])
         maximum = new_maximum
-        total = total * rescale + tl.sum(weights, 1)
+        parts = tl.reshape(weights, [BLOCK_Q, BLOCK_K // PARTS, PARTS])
+        total = total * rescale[:, None] + tl.sum(parts, 1)
         value = load_rows(value_ptr + offsets, counted, stop, False, RULES)
         acc = tl.dot(
             weights.to(value.dtype), value, acc * rescale[:, None], input_precision="tf32x3"
         )
 
+    total = tl.sum(total, 1)
+    if RULES.sink:
+        total += tl.where(split == 0, tl.exp2(-maximum), 0.0)
     empty = total == 0
     places = places * num_splits + split
     out = acc / tl.where(empty, 1.0, total)[:, None]
