@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-EXTRAS := train,tfds,sweep,dev
+EXTRAS := train,tfds,sweep,docs,dev
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 RUNS   := runs/demo
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # the tests can put the kernels into programs for a GPU on a machine that has none.
 CUDA_PLUGIN := jax-cuda13-plugin
 
-.PHONY: setup demo figures check test test-gpu clean
+.PHONY: setup demo figures check docs test test-gpu dist clean
 
 setup: $(VENV)/.installed
 
@@ -38,8 +38,16 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: check
+# The site, into site/; a warning is an error. `mkdocs serve` shows it while it is written.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+test: check docs
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Wheel and sdist into dist/, each tried in an environment that has only what it asks for.
+dist: setup
+	.ci/check_dist $(BIN)/python
 
 # On a machine with an NVIDIA GPU, with whatever Python holds its JAX: make test-gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
@@ -53,4 +61,4 @@ test-gpu:
 		--ignore=tests/ops/test_many_devices.py
 
 clean:
-	rm -rf $(VENV) runs .cache
+	rm -rf $(VENV) runs .cache site dist build

@@ -1,30 +1,19 @@
 """What the README shows works: its Python runs, its commands parse, its links lead somewhere."""
 
 import re
-import shlex
 from pathlib import Path
 
 import jax
 import pytest
 
-from experiments import (
-    bench_attention,
-    bench_training,
-    compare,
-    config_files,
-    evaluate,
-    export,
-    figures,
-    generate,
-    inspect,
-    sweep,
-)
+from experiments import config_files, figures, sweep
 from rbf_jax.analysis import claims
+from tests.commands import PROGRAMS, arguments, commands_in
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"^    (python -m .*(?:(?<=\\)\n.*)*)", README, re.MULTILINE)
+COMMANDS = commands_in(README)
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.split("\n")[1])
@@ -43,9 +32,12 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.split()[2])
 def test_command_line_is_understood(command, tmp_path, monkeypatch):
     """Each program takes the line; folders that it names need not be there."""
-    argv = shlex.split(command.replace("\\\n", " "), comments=True)[2:]
+    argv = arguments(command)
     if argv[0] == "experiments.train":
         config, run = config_files.parse(argv)
+        if "--config.mesh.fsdp=8" in argv:
+            assert config.mesh.fsdp == 8
+            return
         assert config.data.source == "text"
         assert config.data.train_files == ("train.txt.xz",)
         assert run.name in ("mine_rbf", "mine_dot")
@@ -57,19 +49,9 @@ def test_command_line_is_understood(command, tmp_path, monkeypatch):
         _, scale, options = figures.parse(argv)
         assert (scale, [c.name for c in claims.named(options.figure)]) == ("small", ["positions"])
         return
-    program = {
-        "experiments.sweep": sweep.main,
-        "experiments.evaluate": evaluate.main,
-        "experiments.compare": compare.main,
-        "experiments.inspect": inspect.main,
-        "experiments.generate": generate.main,
-        "experiments.export": export.main,
-        "experiments.bench_attention": bench_attention.main,
-        "experiments.bench_training": bench_training.main,
-    }[argv[0]]
     monkeypatch.chdir(tmp_path)
     if argv[0] != "experiments.bench_attention":
-        assert program(argv) == 2  # the run is missing, not the option misunderstood
+        assert PROGRAMS[argv[0]](argv) == 2  # the run is missing, not the option misunderstood
 
 
 def test_benchmark_table_is_the_measured_one():
