@@ -9,7 +9,7 @@ The suite "gpu" measures all implementations by device time, beside cuDNN's dot 
 PyTorch's FlexAttention, with a memory table up to T = 262,144: experiments/benchmarks. --draw makes
 its figure, STEM.png and STEM.svg, and needs no GPU. What follows is about the other one, quick.
 
-FILE.md, written beside FILE.json, is the short table of forward + backward that the README shows.
+FILE.md, written beside FILE.json, is docs/speed.md's short table of forward + backward.
 
 All implementations run in one process, interleaved round by round on the same inputs, so that a
 machine that slows down slows all of them. A time is the median over the rounds, memory what the

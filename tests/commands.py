@@ -4,8 +4,6 @@ import re
 import shlex
 
 from experiments import (
-    bench_attention,
-    bench_training,
     compare,
     evaluate,
     export,
@@ -21,8 +19,6 @@ PROGRAMS = {
     "experiments.inspect": inspect.main,
     "experiments.generate": generate.main,
     "experiments.export": export.main,
-    "experiments.bench_attention": bench_attention.main,
-    "experiments.bench_training": bench_training.main,
 }
 
 
