@@ -40,7 +40,7 @@ check: setup
 
 # The site, into site/; a warning is an error. `mkdocs serve` shows it while it is written.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: check docs
 	$(BIN)/python -m pytest -n $(WORKERS)
