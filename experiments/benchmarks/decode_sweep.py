@@ -34,8 +34,8 @@ TILES = (
     (32, 1, 4),
     (128, 8, 3),
 )
-# Programs to a multiprocessor; by default 8.
-PROGRAMS = (2, 4, 6, 16)
+# Programs to a multiprocessor.
+PROGRAMS = (2, 4, 6, 9, 12)
 
 Times = dict[tuple[Cell, Sizes], float]
 
@@ -100,7 +100,7 @@ def splits_of(cell: Cell) -> list[int]:
     """Numbers of splits that make so many programs to a multiprocessor."""
     heads, processors = cell.batch * cell.kv_heads, launch.target().num_multiprocessors
     found = {max(1, min(128, round(n * processors / heads))) for n in PROGRAMS}
-    return sorted(found)
+    return sorted(found | {default(cell).num_splits})
 
 
 def _best_of_all(times: Times) -> Tiles:

@@ -24,14 +24,14 @@ from rbf_jax.ops.vmap import folding_vmap
 _LARGEST_HEAD_DIM = 256
 # Of the queries of a program; with more it runs out of registers.
 _LARGEST_QUERY_BYTES = 2**14
-# Programs there are at least, if keys suffice: so many for each multiprocessor, which holds two or
-# more at a time. With many the last ones to end leave little of the GPU idle.
-_PROGRAMS_PER_MULTIPROCESSOR = 8
-# Keys of a program are at least so many blocks: its start costs as much as a few.
-_LEAST_BLOCKS = 4
-# And at most so many keys, since rows may be of different lengths.
+# A program has at most so many keys, since rows may be of different lengths.
 _MOST_KEYS = 4096
 _MOST_SPLITS = 128
+# What `_num_splits` weighs, in the time of a block of keys: the start of a program, the merge; and
+# by how much of its length the last programs end after the others.
+_START, _MERGE, _UNEVEN = 1.5, 3.0, 0.2
+# A multiprocessor holds no more programs than this: they have too many registers.
+_MOST_RESIDENT = 4
 # Features of a row that a program of the merge does.
 _MERGED_FEATURES = 32
 
@@ -97,11 +97,28 @@ def choose_sizes(
     limit = shared_memory_limit(target.compute_capability) // 2
     while 2 * block_k * row_bytes * num_stages > limit and num_stages > 2:
         block_k, num_stages = (block_k // 2, num_stages) if block_k > 16 else (block_k, 2)
-    programs = heads * _cdiv(rows, block_q)
-    wanted = _cdiv(_PROGRAMS_PER_MULTIPROCESSOR * target.num_multiprocessors, programs)
-    wanted = max(wanted, _cdiv(visible, _MOST_KEYS))
-    splits = min(wanted, _cdiv(visible, _LEAST_BLOCKS * block_k), _MOST_SPLITS)
+    # A stage less than there are is in memory; and queries and weights are.
+    shared = 2 * block_k * row_bytes * (num_stages - 1) + 8192
+    resident = min(max(1, 2 * limit // shared), _MOST_RESIDENT)
+    slots = resident * target.num_multiprocessors
+    splits = _num_splits(heads * _cdiv(rows, block_q), visible, block_k, slots)
     return Sizes(Tiles(block_q, block_k, 4, num_stages), splits)
+
+
+def _num_splits(programs: int, visible: int, block_k: int, slots: int) -> int:
+    """How many programs are to share what one would do, where so many run at once.
+
+    They come in waves; many short ones start often, few long ones leave slots empty.
+    """
+    blocks = _cdiv(visible, block_k)
+
+    def cost(splits: int) -> float:
+        waves = _cdiv(programs * splits, slots) + _UNEVEN
+        return waves * (_cdiv(blocks, splits) + _START) + (_MERGE if splits > 1 else 0)
+
+    most = min(blocks, _MOST_SPLITS)
+    least = min(_cdiv(visible, _MOST_KEYS), most)
+    return min(range(least, most + 1), key=cost)
 
 
 def unsupported(call: Call, options: Options) -> str | None:
