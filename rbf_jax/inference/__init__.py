@@ -1,9 +1,11 @@
 """Text from a trained model: sampling, generation from a cache, and models as files.
 
-run = load_run("runs/mine")
-prompts = [tokenizer.encode("Once upon a time")]
-for tokens in generate(run.model, run.variables, prompts, max_new_tokens=100):
-    ...  # a token of each prompt, None where the text has ended
+    run = load_run("runs/mine")
+    prompts = [run.data.tokenizer.encode("Once upon a time")]
+    for tokens in generate(run.model, run.variables, prompts, max_new_tokens=100):
+        ...  # a token of each prompt, None where the text has ended
+
+`complete` returns the new tokens once all texts have ended.
 """
 
 from rbf_jax.inference.generation import complete, generate
