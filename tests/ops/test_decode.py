@@ -48,17 +48,20 @@ LENGTHS_CAUSAL = cases.case(
 )
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [
-        *((STEP, dtype) for dtype in ("float32", "bfloat16", "float16")),
-        *((cases.BY_NAME["far_keys"], dtype) for dtype in ("float32", "float16")),
-        (cases.BY_NAME["multi_query"], "bfloat16"),
-        (cases.BY_NAME["huge_norms"], "bfloat16"),
-        (LENGTHS_CAUSAL, "float32"),
-    ],
-    ids=lambda x: getattr(x, "name", x),
-)
+CONTRACT = [
+    *((STEP, dtype) for dtype in ("float32", "bfloat16", "float16")),
+    *((cases.BY_NAME["far_keys"], dtype) for dtype in ("float32", "float16")),
+    (cases.BY_NAME["multi_query"], "bfloat16"),
+    (cases.BY_NAME["huge_norms"], "bfloat16"),
+    (LENGTHS_CAUSAL, "float32"),
+]
+
+
+def name_of(x):
+    return getattr(x, "name", x)
+
+
+@pytest.mark.parametrize(("case", "dtype"), CONTRACT, ids=name_of)
 def test_values_and_gradients(case, dtype):
     assert not contract.violations(SUBJECT, case, dtype)
 

@@ -1,5 +1,8 @@
 """Attention to a cache, with few keys that still are several blocks and splits."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ import tests.ops.triton_interpreter as interpreter  # before Triton
 from rbf_jax.ops import decode
 from rbf_jax.ops.triton.decode import Sizes, override_sizes
 from rbf_jax.ops.triton.tiles import Tiles
-from tests.ops import decode_cases
+from tests.ops import contract, decode_cases, test_decode
 from tests.ops.decode_cases import CASES, EVERYTHING, Case
 
 
@@ -21,6 +24,18 @@ def sizes(num_splits, block_q=16):
 def test_equals_xla(case):
     with sizes(3):
         decode_cases.check(case)
+
+
+CONTRACT = [test_decode.CONTRACT[i] for i in (1, 4, 6, 7)]  # a GPU does all
+
+
+@pytest.mark.parametrize(("case", "dtype"), CONTRACT, ids=test_decode.name_of)
+def test_the_operations_contract(case, dtype):
+    """Held to float64."""
+    attend = functools.partial(test_decode.attend, implementation="triton")
+    with sizes(2):
+        subject = dataclasses.replace(test_decode.SUBJECT, attend=attend)
+        assert not contract.violations(subject, case, dtype)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 33])
