@@ -30,10 +30,6 @@ from rbf_jax.ops.types import (
 )
 from rbf_jax.ops.vjp import Gradients, Passes, Residuals, with_custom_vjp
 
-# Upper limits of a block of queries and of keys, found by trying on two CPU cores: smaller ones pay
-# for more loop turns, larger ones fall out of the cache.
-_MAX_BLOCKS = (256, 512)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Axis:
@@ -274,8 +270,17 @@ def _backward_in_blocks(
     )
 
 
+def _max_blocks() -> tuple[int, int]:
+    """Upper limits of a block of queries and of keys.
+
+    Found by trying on two CPU cores: smaller ones pay for more loop turns, larger ones fall out of
+    the cache. Those of GPUs were not tried.
+    """
+    return (128, 256) if jax.default_backend() == "cpu" else (256, 512)
+
+
 def _forward(inputs: Inputs, masking: Masking, options: Options):
-    return _forward_in_blocks(inputs, masking, _rules(options), _MAX_BLOCKS)
+    return _forward_in_blocks(inputs, masking, _rules(options), _max_blocks())
 
 
 def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, options: Options):
@@ -284,7 +289,7 @@ def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, opti
     dtype = dlogsumexp.dtype
     delta = jnp.sum(residuals.out.astype(dtype) * dout.astype(dtype), axis=-1) - dlogsumexp
     dq, dk, dv, column_sums = _backward_in_blocks(
-        residuals, dout, delta, _rules(options), _MAX_BLOCKS
+        residuals, dout, delta, _rules(options), _max_blocks()
     )
     # What the key norms contribute.
     inputs = residuals.inputs
