@@ -13,13 +13,14 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from rbf_jax.ops import cudnn, reference, sharded, validate, xla
+from rbf_jax.ops.mosaic import attention as mosaic
 from rbf_jax.ops.triton import attention as triton
 from rbf_jax.ops.types import Inputs, Masking, Options
 from rbf_jax.ops.vjp import Passes
 
 _logger = logging.getLogger("rbf_jax")
 
-Implementation = Literal["reference", "xla", "cudnn", "triton"]
+Implementation = Literal["reference", "xla", "cudnn", "triton", "mosaic"]
 
 
 class _Backend(NamedTuple):
@@ -42,6 +43,7 @@ def _supports_everything(*_) -> None:
 
 _BACKENDS: dict[str, _Backend] = {
     "triton": _Backend(triton.attend, triton.unsupported, triton.PASSES),
+    "mosaic": _Backend(mosaic.attend, mosaic.unsupported, mosaic.PASSES),
     "cudnn": _Backend(cudnn.attend, cudnn.unsupported),
     "xla": _Backend(xla.attend, _supports_everything, xla.PASSES),
     "reference": _Backend(reference.attend, _supports_everything),
@@ -143,8 +145,9 @@ def rbf_attention(
         is 0.
       origin_sink: adds a virtual key at the origin with value 0, that is exp(0) to the
         denominator of every row.
-      implementation: None takes the best that supports the call; "reference", "xla", "cudnn"
-        or "triton" is that one or an error, never another.
+      implementation: None takes the best that supports the call, of those measured; "reference",
+        "xla", "cudnn", "triton" or "mosaic" is that one or an error, never another. "mosaic"
+        (compute capability 9.0) has not been run on a GPU yet.
       return_residual: also return the logsumexp.
 
     Returns:

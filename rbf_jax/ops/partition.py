@@ -82,8 +82,8 @@ def by_batch_and_heads(
 
 def _no_forward_mode(primals, tangents):
     raise NotImplementedError(
-        "implementation='triton' has no forward-mode derivatives (jvp), nor derivatives of its "
-        "gradients; 'xla' has the jvp of gradients, 'reference' has all."
+        "The kernels of 'triton' and 'mosaic' have no forward-mode derivatives (jvp), nor "
+        "derivatives of their gradients; 'xla' has the jvp of gradients, 'reference' has all."
     )
 
 

@@ -1,0 +1,1 @@
+"""Kernels for Hopper in Pallas Mosaic GPU, which is part of jax."""

@@ -1,0 +1,482 @@
+"""The forward kernel: a warpgroup loads tiles of keys, others compute on a tile of queries each.
+
+The arithmetic is that of the Triton kernels (`ops/triton/forward.py`): logits in base 2, x_ij =
+c q_i·k_j − w‖k_j‖², are measured from a bound R − 60 known before the first key is read, so that
+the loop has neither a running maximum nor a rescaling. Where that bound turns out useless for a row
+of the block of threads, the same block goes over its keys again with online softmax, at once: the
+warpgroup that loads waits for the others' verdict. So one kernel is right on any input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from rbf_jax.ops.mosaic.tiles import Tiles
+from rbf_jax.ops.triton.gate import HEADROOM, LARGEST_REFERENCE, SMALLEST_SUM
+
+_ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a tile of logits
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What the kernel is made for.
+
+    Attributes:
+      num_queries: T; the arrays may be longer.
+      num_keys: S, likewise.
+      causal: query i attends to keys j ≤ i.
+      left: query i attends to keys j ≥ i − left; None for no such rule.
+      right: query i attends to keys j ≤ i + right; None for no such rule.
+      sink: a virtual key at the origin with value 0.
+      slopes: ALiBi.
+      query_lengths: whether there are any.
+      key_lengths: whether there are any.
+      offset: whether positions of queries, by which causality, windows and ALiBi go, are not their
+        indices.
+      online: online softmax from the start.
+    """
+
+    num_queries: int
+    num_keys: int
+    causal: bool = False
+    left: int | None = None
+    right: int | None = None
+    sink: bool = False
+    slopes: bool = False
+    query_lengths: bool = False
+    key_lengths: bool = False
+    offset: bool = False
+    online: bool = False
+
+
+class _Blocks(NamedTuple):
+    """Which blocks of keys are visited; between the inner two every pair is allowed."""
+
+    start: jax.Array
+    inner_start: jax.Array
+    inner_stop: jax.Array
+    stop: jax.Array
+
+
+class _State(NamedTuple):
+    acc: jax.Array  # (block_q, H): weights times values
+    total: jax.Array  # (block_q,): sum of weights
+    maximum: jax.Array  # (block_q,): of the logits, from the reference
+
+
+class _Memory(NamedTuple):
+    """Shared memory and barriers of a block of threads: their types, and in the kernel the refs."""
+
+    query: Any  # (consumers, block_q, H), later the output
+    key: Any  # (stages, block_k, H)
+    value: Any
+    norms: Any  # float32 (stages, block_k)
+    rows: Any  # float32 (consumers, block_q): the logsumexp, and what is reduced over rows
+    flags: Any  # int32 (consumers,): the gate's verdicts
+    query_loaded: Any
+    key_loaded: Any
+    value_loaded: Any
+    key_free: Any
+    value_free: Any
+    decided: Any
+    turn: Any
+
+
+def forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    norms: jax.Array,
+    per_head: jax.Array,
+    lengths: jax.Array,
+    *,
+    rules: Rules,
+    tiles: Tiles,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the kernel.
+
+    Args:
+      query: (B, T, N, H), bfloat16 or float16; H is 64, 128 or 256, lengths are multiples of 8.
+      key: (B, S, K, H), K divides N.
+      value: (B, S, K, H).
+      norms: ‖k‖², float32 (B, K, S).
+      per_head: float32 (B or 1, 3, N): 2γ, λγ and the ALiBi slope, times log₂e.
+      lengths: int32 (B, 3): of the queries and of the keys, and the position of query 0; read where
+        the rules say so.
+      rules: which rules the kernel contains.
+      tiles: sizes.
+
+    Returns:
+      The output, (B, T, N, H), and the logsumexp in base 2, float32 (B, N, T') with T' the next
+      multiple of 16, +∞ where a row may attend to nothing.
+    """
+    B, T, N, H = query.shape
+    num_tiles = -(-T // tiles.rows)
+    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+    def vectors(*shape):
+        return plgpu.SMEM((*shape, H), query.dtype, transforms=swizzled)
+
+    stages, consumers = tiles.stages, tiles.consumers
+    memory = _Memory(
+        query=vectors(consumers, tiles.block_q),
+        key=vectors(stages, tiles.block_k),
+        value=vectors(stages, tiles.block_k),
+        norms=plgpu.SMEM((stages, tiles.block_k), jnp.float32),
+        rows=plgpu.SMEM((consumers, tiles.block_q), jnp.float32),
+        flags=plgpu.SMEM((consumers,), jnp.int32),
+        query_loaded=plgpu.Barrier(num_barriers=consumers),
+        key_loaded=plgpu.Barrier(num_arrivals=2, num_barriers=stages),  # the norms too
+        value_loaded=plgpu.Barrier(num_barriers=stages),
+        key_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+        value_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+        decided=plgpu.Barrier(num_arrivals=consumers),
+        turn=plgpu.Barrier(num_arrivals=consumers),
+    )
+
+    def rbf_attention_forward(*refs):
+        arrays, memory = refs[:8], _Memory(*refs[8:])
+        block = _Block(arrays, memory, rules, tiles, num_tiles)
+        pl.when(block.warpgroup < consumers)(block.compute)
+        pl.when(block.warpgroup == consumers)(block.load)
+
+    call = plgpu.kernel(
+        rbf_attention_forward,
+        out_type=[
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct((B, N, -(-T // 16) * 16), jnp.float32),
+        ],
+        scratch_types=list(memory),
+        grid=(N, num_tiles, B),
+        grid_names=("heads", "tiles", "batch"),
+        num_threads=consumers + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+    return tuple(call(query, key, value, norms, per_head, lengths))
+
+
+class _Block:
+    """What a block of threads knows, and what its warpgroups do."""
+
+    def __init__(self, arrays, memory: _Memory, rules: Rules, tiles: Tiles, num_tiles: int):
+        self.query, self.key, self.value, self.norms, per_head, lengths = arrays[:6]
+        self.out, self.logsumexp = arrays[6:]
+        self.memory, self.rules, self.tiles = memory, rules, tiles
+        self.head_dim = self.query.shape[-1]
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.batch, self.head = lax.axis_index("batch"), lax.axis_index("heads")
+        group = self.query.shape[2] // self.key.shape[2]
+        self.key_head = lax.div(self.head, jnp.int32(group))
+        tile = lax.axis_index("tiles")
+        if rules.causal:  # those with the most keys first
+            tile = num_tiles - 1 - tile
+        first = tile * tiles.rows
+        self.first_row = first + self.warpgroup * tiles.block_q
+        self.query_stop, self.key_stop = jnp.int32(rules.num_queries), jnp.int32(rules.num_keys)
+        if rules.query_lengths:
+            self.query_stop = lengths[self.batch, 0]
+        if rules.key_lengths:
+            self.key_stop = lengths[self.batch, 1]
+        self.offset = lengths[self.batch, 2] if rules.offset else jnp.int32(0)
+        self.blocks = self._visited(first)
+        self.steps = self.blocks.stop - self.blocks.start
+        batch = self.batch if per_head.shape[0] > 1 else 0
+        self.numbers = [per_head.at[batch, i, self.head] for i in range(3)]
+
+    def _visited(self, first: jax.Array) -> _Blocks:
+        """The blocks of keys that the block's queries, from `first`, may attend to."""
+        rules, size = self.rules, jnp.int32(self.tiles.block_k)
+        row, first = first, first + self.offset
+        last = first + self.tiles.rows - 1
+        start, inner_start = jnp.int32(0), jnp.int32(0)
+        stop, inner_stop = self.key_stop, self.key_stop
+        reaches = [0] if rules.causal else []
+        if rules.right is not None:
+            reaches.append(rules.right)
+        for reach in reaches:
+            stop = jnp.minimum(stop, last + reach + 1)
+            inner_stop = jnp.minimum(inner_stop, first + reach + 1)
+        if rules.left is not None:
+            start = lax.div(jnp.maximum(first - rules.left, 0), size)
+            inner_start = _blocks_of(jnp.maximum(last - rules.left, 0), size)
+        stop = _blocks_of(jnp.maximum(stop, 0), size)
+        if rules.query_lengths:
+            stop = jnp.where(row < self.query_stop, stop, 0)
+        start = jnp.minimum(start, stop)
+        inner_start = jnp.clip(inner_start, start, stop)
+        return _Blocks(
+            start, inner_start, jnp.clip(lax.div(inner_stop, size), inner_start, stop), stop
+        )
+
+    def load(self) -> None:
+        """The warpgroup that loads keys, their norms and values."""
+        plgpu.set_max_registers(self.tiles.registers[1], action="decrease")
+        self._load_all(jnp.int32(0))
+        total = self.steps
+        if not self.rules.online:
+            redo = self._verdict()
+            pl.when(redo)(lambda: self._load_all(self.steps))
+            total = jnp.where(redo, 2 * total, total)
+
+        @pl.loop(jnp.maximum(total - self.tiles.stages, 0), total)
+        def _all_is_read(step):
+            self._wait_until_free(self.memory.key_free, step)
+            self._wait_until_free(self.memory.value_free, step)
+
+    def _load_all(self, steps_before: jax.Array) -> None:
+        memory, size = self.memory, self.tiles.block_k
+
+        @pl.loop(0, self.steps)
+        def _step(step):
+            columns = pl.ds((self.blocks.start + step) * size, size)
+            tile = (self.batch, columns, self.key_head)
+            step += steps_before
+            slot = self._slot(step)
+            full = step >= self.tiles.stages
+            pl.when(full)(lambda: self._wait_until_free(memory.key_free, step))
+            loaded = memory.key_loaded.at[slot]
+            plgpu.copy_gmem_to_smem(self.key.at[tile], memory.key.at[slot], loaded)
+            norms = self.norms.at[self.batch, self.key_head, columns]
+            plgpu.copy_gmem_to_smem(norms, memory.norms.at[slot], loaded)
+            pl.when(full)(lambda: self._wait_until_free(memory.value_free, step))
+            loaded = memory.value_loaded.at[slot]
+            plgpu.copy_gmem_to_smem(self.value.at[tile], memory.value.at[slot], loaded)
+
+    def _slot(self, step: jax.Array) -> jax.Array:
+        return lax.rem(step, jnp.int32(self.tiles.stages))
+
+    def _wait_until_free(self, barriers, step: jax.Array) -> None:
+        plgpu.barrier_wait(barriers.at[self._slot(step)])
+
+    def _verdict(self) -> jax.Array:
+        """Whether any consumer wants online softmax, when all have decided."""
+        plgpu.barrier_wait(self.memory.decided)
+        wanted = self.memory.flags[0]
+        for consumer in range(1, self.tiles.consumers):
+            wanted |= self.memory.flags[consumer]
+        return wanted != 0
+
+    def compute(self) -> None:
+        """A warpgroup that computes: its tile of the output and of the logsumexp."""
+        plgpu.set_max_registers(self.tiles.registers[0], action="increase")
+        memory, mine = self.memory, self.warpgroup
+        rows = pl.ds(self.first_row, self.tiles.block_q)
+        loaded = memory.query_loaded.at[mine]
+        tile = self.query.at[self.batch, rows, self.head]
+        plgpu.copy_gmem_to_smem(tile, memory.query.at[mine], loaded)
+        plgpu.barrier_wait(loaded)
+        zero = jnp.float32(0)
+        if self.rules.online:
+            self._store(self._whole_rows(self._attend(jnp.int32(0), zero, True), zero), zero)
+            return
+        bound, safe = self._bound()
+        reference = jnp.where(safe, bound - HEADROOM, 0.0)
+        state = self._whole_rows(self._attend(jnp.int32(0), reference, False), reference)
+        memory.flags[mine] = self._must_redo(state, safe)
+        plgpu.barrier_arrive(memory.decided)
+        redo = self._verdict()
+
+        @pl.when(jnp.logical_not(redo))
+        def _right():
+            self._store(state, reference)
+
+        @pl.when(redo)
+        def _again():
+            self._store(self._whole_rows(self._attend(self.steps, zero, True), zero), zero)
+
+    def _bound(self) -> tuple[jax.Array, jax.Array]:
+        """The largest bound of the tile's logits, and whether it can be measured from."""
+        query = self.memory.query.at[self.warpgroup]
+        query = plgpu.load(query, (), layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        scale, weight = self.numbers[0][...], self.numbers[1][...]
+        largest = self._largest(jnp.sum(query * query, axis=1))
+        bound = largest * scale * scale / (4 * weight)
+        return bound, (weight > 0) & (bound <= LARGEST_REFERENCE)
+
+    def _largest(self, numbers: jax.Array) -> jax.Array:
+        """The largest of one number per row.
+
+        By way of shared memory, where a thread reads what all warps have written: the reduction
+        across warps that Mosaic offers has one scratch for all warpgroups.
+        """
+        rows = self.memory.rows.at[self.warpgroup]
+        rows[...] = numbers
+        plgpu.commit_smem()
+        return jnp.max(plgpu.load(rows, (), layout=_COLUMNS), axis=0)
+
+    def _row_indices(self) -> jax.Array:
+        index = plgpu.broadcasted_iota(jnp.int32, (self.tiles.block_q,), 0, layout=_ROWS)
+        return index + self.first_row
+
+    def _must_redo(self, state: _State, safe: jax.Array) -> jax.Array:
+        inside = self._row_indices() < self.query_stop
+        enough = jnp.logical_or(state.total >= SMALLEST_SUM, jnp.logical_not(inside))
+        infinite = jnp.max(jnp.where(jnp.abs(state.acc) < jnp.inf, 0.0, 1.0), axis=1)
+        wrong = jnp.maximum(infinite, jnp.where(enough, 0.0, 1.0))
+        wrong = jnp.maximum(self._largest(wrong), jnp.where(safe, 0.0, 1.0))
+        return (wrong > 0).astype(jnp.int32)
+
+    def _attend(self, steps_before: jax.Array, reference: jax.Array, online: bool) -> _State:
+        """Goes over all keys; `steps_before` of the barriers' steps are over."""
+        shape = (self.tiles.block_q, self.head_dim)
+        start, inner_start, inner_stop, stop = self.blocks
+        lowest = (0.0 if self.rules.sink else -jnp.inf) if online else 0.0
+        state = _State(
+            plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA),
+            plgpu.layout_cast(jnp.zeros(shape[:1], jnp.float32), _ROWS),
+            plgpu.layout_cast(jnp.full(shape[:1], lowest, jnp.float32), _ROWS),
+        )
+
+        def section(begin, end, state, whole):
+            def step(block, state):
+                return self._step(block, steps_before, state, reference, whole, online)
+
+            return lax.fori_loop(begin, end, step, state)
+
+        @pl.when(self.steps > 0)
+        def _first_key():
+            plgpu.barrier_wait(self.memory.key_loaded.at[self._slot(steps_before)])
+
+        if self.tiles.pingpong:
+            pl.when(self.warpgroup == 1)(self._hand_over)
+        if self.rules.left is not None:
+            state = section(start, inner_start, state, False)
+        state = section(inner_start, inner_stop, state, True)
+        if self._has_rest():
+            state = section(inner_stop, stop, state, False)
+        if self.tiles.pingpong:
+            pl.when(self.warpgroup == 0)(self._hand_over)
+        return state
+
+    def _has_rest(self) -> bool:
+        """Whether some of the last blocks may be visited in part."""
+        rules = self.rules
+        by_rule = rules.causal or rules.right is not None or rules.key_lengths
+        return by_rule or rules.num_keys % self.tiles.block_k > 0
+
+    def _hand_over(self) -> None:
+        plgpu.barrier_arrive(self.memory.turn)
+        plgpu.barrier_wait(self.memory.turn)
+
+    def _step(self, block, steps_before, state: _State, reference, whole, online) -> _State:
+        """Adds a block of keys; `whole` promises that every pair is allowed."""
+        memory, pingpong = self.memory, self.tiles.pingpong
+        step = block - self.blocks.start + steps_before
+        slot = self._slot(step)
+        shape = (self.tiles.block_q, self.tiles.block_k)
+        norms = plgpu.load(memory.norms.at[slot], (), layout=_COLUMNS)
+
+        def products(acc):
+            key = plgpu.transpose_ref(memory.key.at[slot], (1, 0))
+            plgpu.wgmma(acc, memory.query.at[self.warpgroup], key)
+            if pingpong:
+                self._hand_over()
+            return acc[...]
+
+        dots = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+        plgpu.barrier_arrive(memory.key_free.at[slot])
+        scale, weight = self.numbers[0][...], self.numbers[1][...]
+        subtract = lax.broadcast_in_dim(norms * weight + reference, shape, [1])
+        logits = self._with_rules(dots * scale - subtract, block, whole)
+        acc, total, maximum = state
+        if online:
+            new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=1))
+            subtract = new_maximum
+            if not whole:  # a row may not have met a key yet
+                subtract = jnp.where(new_maximum == -jnp.inf, 0.0, new_maximum)
+            rescale = jnp.exp2(maximum - subtract)
+            maximum = new_maximum
+            total *= rescale
+            acc *= lax.broadcast_in_dim(rescale, acc.shape, [0])
+            logits -= lax.broadcast_in_dim(subtract, shape, [0])
+        weights = jnp.exp2(logits)
+        total += jnp.sum(weights, axis=1)
+        weights = weights.astype(self.value.dtype)
+        # Else the compiler moves the softmax into the turn of the other warpgroup.
+        acc, total, maximum, weights = lax.optimization_barrier((acc, total, maximum, weights))
+        if pingpong:
+            plgpu.barrier_arrive(memory.turn)
+        plgpu.barrier_wait(memory.value_loaded.at[slot])
+        if pingpong:
+            plgpu.barrier_wait(memory.turn)
+
+        def weighted_values(acc):
+            plgpu.wgmma(acc, weights, memory.value.at[slot])
+
+            @pl.when(block + 1 < self.blocks.stop)
+            def _next_key():
+                plgpu.barrier_wait(memory.key_loaded.at[self._slot(step + 1)])
+
+        acc = pl.run_state(weighted_values)(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(memory.value_free.at[slot])
+        return _State(acc, total, maximum)
+
+    def _with_rules(self, logits: jax.Array, block: jax.Array, whole: bool) -> jax.Array:
+        """Adds ALiBi, and −∞ where a pair is not allowed."""
+        rules = self.rules
+        if whole and not rules.slopes:
+            return logits
+        rows, columns = (
+            plgpu.broadcasted_iota(jnp.int32, logits.shape, axis, layout=plgpu.Layout.WGMMA)
+            for axis in (0, 1)
+        )
+        rows, columns = rows + (self.first_row + self.offset), columns + block * self.tiles.block_k
+        if rules.slopes:
+            logits -= jnp.abs(rows - columns).astype(jnp.float32) * self.numbers[2][...]
+        if whole:
+            return logits
+        allowed = columns < self.key_stop
+        if rules.causal:
+            allowed &= columns <= rows
+        if rules.left is not None:
+            allowed &= columns >= rows - rules.left
+        if rules.right is not None:
+            allowed &= columns <= rows + rules.right
+        return jnp.where(allowed, logits, -jnp.inf)
+
+    def _whole_rows(self, state: _State, reference: jax.Array) -> _State:
+        """What no key adds: rows beyond their length see nothing, and every row the sink."""
+        acc, total, maximum = state
+        if self.rules.query_lengths:
+            inside = self._row_indices() < self.query_stop
+            kept = jnp.where(inside, 1.0, 0.0)
+            acc = jnp.where(lax.broadcast_in_dim(kept, acc.shape, [0]) > 0, acc, 0.0)
+            total = jnp.where(inside, total, 0.0)
+            maximum = jnp.where(inside, maximum, -reference)
+        if self.rules.sink:
+            total += jnp.exp2(-reference - maximum)
+        return _State(acc, total, maximum)
+
+    def _store(self, state: _State, reference: jax.Array) -> None:
+        acc, total, maximum = state
+        memory, mine = self.memory, self.warpgroup
+        empty = total == 0
+        divisor = jnp.where(empty, 1.0, total)
+        out = acc / lax.broadcast_in_dim(divisor, acc.shape, [0])
+        logsumexp = jnp.where(empty, jnp.inf, reference + maximum + _log2(divisor))
+        memory.query[mine] = out.astype(self.out.dtype)
+        memory.rows[mine] = logsumexp
+        plgpu.commit_smem()
+        rows = pl.ds(self.first_row, self.tiles.block_q)
+        plgpu.copy_smem_to_gmem(memory.query.at[mine], self.out.at[self.batch, rows, self.head])
+        plgpu.copy_smem_to_gmem(
+            memory.rows.at[mine], self.logsumexp.at[self.batch, self.head, rows]
+        )
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _blocks_of(length: jax.Array, size: jax.Array) -> jax.Array:
+    return lax.div(length + size - 1, size)
+
+
+def _log2(x: jax.Array) -> jax.Array:
+    return jnp.log(x) * 1.4426950408889634

@@ -1,0 +1,90 @@
+"""Sizes of the forward kernel's tiles, how they are chosen and how one overrides the choice."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+HEAD_DIMS = (64, 128, 256)
+_LARGEST_SHARED_MEMORY = 227 * 1024  # of a block, compute capability 9.0
+_REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Tile sizes of a kernel.
+
+    Attributes:
+      block_q: queries of a consumer warpgroup, a multiple of 64.
+      block_k: keys of a step, a multiple of 64 up to 256.
+      stages: tiles of keys and values in shared memory, at least 2.
+      consumers: warpgroups that compute, 1 to 3; one more loads.
+      pingpong: two consumers take turns, one in its softmax while the other multiplies.
+    """
+
+    block_q: int = 64
+    block_k: int = 128
+    stages: int = 2
+    consumers: int = 2
+    pingpong: bool = True
+
+    def __post_init__(self):
+        if self.block_q < 64 or self.block_q % 64:
+            raise ValueError(f"block_q={self.block_q} must be a multiple of 64.")
+        if self.block_k not in (64, 128, 192, 256):
+            raise ValueError(f"block_k={self.block_k} must be a multiple of 64 up to 256.")
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages} must be at least 2.")
+        if self.consumers not in _REGISTERS:
+            raise ValueError(f"consumers={self.consumers} must be one of {sorted(_REGISTERS)}.")
+        if self.pingpong and self.consumers != 2:
+            raise ValueError(
+                f"pingpong={self.pingpong} requires consumers=2, not {self.consumers}."
+            )
+
+    @property
+    def rows(self) -> int:
+        """Queries of a block of threads."""
+        return self.block_q * self.consumers
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a thread that computes, and of one that loads."""
+        return _REGISTERS[self.consumers]
+
+    def shared_memory(self, head_dim: int) -> int:
+        """Bytes of shared memory of a block of threads, but for barriers."""
+        keys = self.stages * self.block_k * (2 * 2 * head_dim + 4)
+        return keys + self.rows * (2 * head_dim + 4)
+
+    def fits(self, head_dim: int) -> bool:
+        """Whether an H100 has the shared memory."""
+        return self.shared_memory(head_dim) + 2048 <= _LARGEST_SHARED_MEMORY
+
+
+_override: list[Tiles] = []
+
+
+@contextlib.contextmanager
+def override_tiles(tiles: Tiles) -> Iterator[None]:
+    """Within it, the kernels of programs that are traced have these tiles."""
+    _override.append(tiles)
+    try:
+        yield
+    finally:
+        _override.pop()
+
+
+def overridden() -> Tiles | None:
+    """The tiles of the innermost `override_tiles`, if any."""
+    return _override[-1] if _override else None
+
+
+def choose(head_dim: int) -> Tiles:
+    """A first guess, those of jax's example: no sizes have been measured yet.
+
+    Args:
+      head_dim: one of `HEAD_DIMS`.
+    """
+    return Tiles(block_k=128 if head_dim <= 128 else 64)
