@@ -37,6 +37,9 @@ LONG = [
 def test_equals_xla(case):
     contract.poison()
     decode_cases.check(case)
+    with override_sizes(Sizes(Tiles(16, 16, 4, 2), 3)):
+        contract.poison()
+        decode_cases.check(case)
 
 
 @pytest.mark.parametrize("case", LONG, ids=lambda case: f"{case.name}-{case.dtype}")
