@@ -78,6 +78,8 @@ def attention() -> ConfigDict:
             "learn_key_norm_weight": False,
             # A virtual key at the origin with value 0.
             "origin_sink": False,
+            # False: sums of exp(−γ‖q − k‖²) v, without softmax's denominator. For "rbf" only.
+            "normalize": True,
             # Exclusive self attention: remove from each output its component along the token's
             # own value.
             "exclusive": False,

@@ -70,6 +70,7 @@ class Attention(nn.Module):
             past,
             **rules,
             origin_sink=attention.origin_sink,
+            normalize=attention.normalize,
             gamma=gamma,
             key_norm_weight=key_norm_weight,
             implementation=attention.implementation,
@@ -144,7 +145,7 @@ class Attention(nn.Module):
             self.sow(collection, name, value)
 
     def _sow_weights(self, query, key, gamma, key_norm_weight, rules) -> None:
-        """Quadratic in T."""
+        """Quadratic in T. Shares: rows sum to 1 where the layer does not normalise, too."""
         R = self.config.num_registers
         T = query.shape[1] - R
         allowed, bias = inspection.causal_rules(jnp.arange(T), T, R, **rules)

@@ -12,6 +12,7 @@ from rbf_jax.nn.config import TransformerConfig
 from rbf_jax.ops import cache as caches
 from rbf_jax.ops import decode
 from rbf_jax.ops.cache import KeysValues
+from rbf_jax.ops.unnormalized import unnormalize
 
 
 class Cache(NamedTuple):
@@ -112,6 +113,7 @@ def attend(
     *,
     segment_ids: jax.Array | None = None,
     implementation: Any = None,
+    normalize: bool = True,
     **options: Any,
 ) -> tuple[jax.Array, KeysValues | None]:
     """As `registers.attend`, beside or instead of what is in a cache.
@@ -124,6 +126,7 @@ def attend(
       past: a cache to fill, or to go on from; or None.
       segment_ids: of `registers.attend`.
       implementation: of the operation; a `Step` takes its own of this name, or its best.
+      normalize: of `registers.attend`.
       **options: of `registers.attend`.
 
     Returns:
@@ -132,7 +135,7 @@ def attend(
     if isinstance(past, Step):
         cache = caches.append(past.cache, key, value, past.starts, past.lengths, num_registers)
         named = implementation if implementation in get_args(decode.Implementation) else None
-        out, _ = decode.attend(
+        out, logsumexp = decode.attend(
             query,
             cache,
             past.starts,
@@ -141,9 +144,19 @@ def attend(
             implementation=named,
             **options,
         )
+        if not normalize:
+            out, _ = unnormalize(query, options["gamma"], out, logsumexp)
         return out, cache
-    options = {"segment_ids": segment_ids, "implementation": implementation, **options}
-    out = registers.attend(query, key, value, num_registers, **options)
+    out = registers.attend(
+        query,
+        key,
+        value,
+        num_registers,
+        segment_ids=segment_ids,
+        implementation=implementation,
+        normalize=normalize,
+        **options,
+    )
     if past is None:
         return out, None
     return out, caches.fill(past.cache, key, value, past.lengths, num_registers)

@@ -43,6 +43,7 @@ class AttentionConfig:
       key_norm_weight: λ at the start, for "rbf".
       learn_key_norm_weight: learn λ per head, for "rbf".
       origin_sink: a virtual key at the origin with value 0.
+      normalize: False sums exp(−γ‖q − k‖²) v without softmax's denominator, for "rbf".
       exclusive: exclusive self attention, arXiv:2603.09078.
       window: attend to this many tokens back, and to itself; None for all.
       implementation: of the operation; None takes the best available.
@@ -59,6 +60,7 @@ class AttentionConfig:
     key_norm_weight: float = 1.0
     learn_key_norm_weight: bool = False
     origin_sink: bool = False
+    normalize: bool = True
     exclusive: bool = False
     window: int | None = None
     implementation: str | None = None
@@ -79,8 +81,13 @@ class AttentionConfig:
         if self.window is not None and not (_is_integer(self.window) and self.window >= 0):
             raise ValueError(f"attention.window={self.window!r} must be None or an int ≥ 0.")
         self._require_effect("rbf", "dot_scale")
-        for name in ("gamma", "key_norm_weight", "learn_key_norm_weight"):
+        for name in ("gamma", "key_norm_weight", "learn_key_norm_weight", "normalize"):
             self._require_effect("dot", name)
+        if self.origin_sink and not self.normalize:
+            raise ValueError(
+                "attention.origin_sink=True has no effect with attention.normalize=False; "
+                "leave it at False."
+            )
 
     def _require_effect(self, kind: str, name: str) -> None:
         default = getattr(AttentionConfig, name)

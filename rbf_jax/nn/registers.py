@@ -46,6 +46,7 @@ def attend(
     window: int | None = None,
     alibi_slopes: Any = None,
     origin_sink: bool = False,
+    normalize: bool = True,
     **options: Any,
 ) -> jax.Array:
     """Causal attention over registers and text.
@@ -55,7 +56,7 @@ def attend(
 
     Without such rules causality alone says all this, in one call of the operation. With them
     there are two calls, to text and to registers, merged by their logsumexps; the origin sink
-    takes part in the second, where every row has its place.
+    takes part in the second, where every row has its place. Sums that are not normalised are added.
 
     Args:
       query: (B, R+T, N, H), registers first.
@@ -66,12 +67,14 @@ def attend(
       window: text attends to this many tokens back, and to itself.
       alibi_slopes: (N,).
       origin_sink: a virtual key at the origin with value 0.
+      normalize: of `rbf_attention`.
       **options: gamma, key_norm_weight and implementation of `rbf_attention`.
 
     Returns:
       (B, R+T, N, H) of query's dtype.
     """
     R = num_registers
+    options = {"normalize": normalize, **options}
     rules: dict[str, Any] = {
         "query_segment_ids": segment_ids,
         "key_value_segment_ids": segment_ids,
@@ -101,6 +104,9 @@ def attend(
         **rules,
         **options,
     )
+    if not normalize:
+        text = to_registers[:, R:] + to_text
+        return jnp.concatenate([to_registers[:, :R], text], axis=1)
     text = merge(to_text, text_logsumexp, to_registers[:, R:], registers_logsumexp[:, R:])
     return jnp.concatenate([to_registers[:, :R], text], axis=1)
 

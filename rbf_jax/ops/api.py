@@ -16,6 +16,7 @@ from rbf_jax.ops import cudnn, reference, sharded, validate, xla
 from rbf_jax.ops.mosaic import attention as mosaic
 from rbf_jax.ops.triton import attention as triton
 from rbf_jax.ops.types import Inputs, Masking, Options
+from rbf_jax.ops.unnormalized import unnormalize
 from rbf_jax.ops.vjp import Passes
 
 _logger = logging.getLogger("rbf_jax")
@@ -67,6 +68,7 @@ def rbf_attention(
     key_value_segment_ids: ArrayLike | None = ...,
     alibi_slopes: ArrayLike | None = ...,
     origin_sink: bool = ...,
+    normalize: bool = ...,
     implementation: Implementation | None = ...,
     return_residual: Literal[False] = ...,
 ) -> jax.Array: ...
@@ -89,6 +91,7 @@ def rbf_attention(
     key_value_segment_ids: ArrayLike | None = ...,
     alibi_slopes: ArrayLike | None = ...,
     origin_sink: bool = ...,
+    normalize: bool = ...,
     implementation: Implementation | None = ...,
     return_residual: Literal[True],
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -110,6 +113,7 @@ def rbf_attention(
     key_value_segment_ids=None,
     alibi_slopes=None,
     origin_sink=False,
+    normalize=True,
     implementation=None,
     return_residual=False,
 ):
@@ -145,6 +149,8 @@ def rbf_attention(
         is 0.
       origin_sink: adds a virtual key at the origin with value 0, that is exp(0) to the
         denominator of every row.
+      normalize: False leaves out softmax's denominator: Σ_j exp(−γ‖q_i − k_j‖²) v_j, with λ
+        Σ_j exp(2γ q_i·k_j − λγ‖k_j‖² − γ‖q_i‖²) v_j, ALiBi added to the exponents.
       implementation: None takes the best that supports the call, of those measured; "reference",
         "xla", "cudnn", "triton" or "mosaic" is that one or an error, never another. "mosaic"
         (compute capability 9.0) has not been run on a GPU yet.
@@ -154,10 +160,11 @@ def rbf_attention(
       The output, shape and dtype of ``query``; rows that may attend to nothing are 0, with
       gradient 0. With ``return_residual`` a pair of it and the logsumexp of the logits
       2γ q·k − λγ‖k‖² (ALiBi and sink included), (B, T, N) or (T, N), float32 (float64 for
-      float64 inputs), −inf for rows that may attend to nothing; differentiable.
+      float64 inputs), −inf for rows that may attend to nothing; differentiable. With
+      ``normalize=False`` it is that of the weights' exponents, less by γ‖q‖².
 
     Raises:
-      ValueError: an argument has a wrong shape, dtype or value.
+      ValueError: an argument has a wrong shape, dtype or value, or has no effect beside another.
       NotImplementedError: the implementation asked for by name cannot do this call.
     """
     inputs, masking, unbatched = validate.arrays(
@@ -173,12 +180,14 @@ def rbf_attention(
         key_value_segment_ids=key_value_segment_ids,
         alibi_slopes=alibi_slopes,
     )
+    if not validate.boolean("normalize", normalize) and origin_sink:
+        raise ValueError("origin_sink=True has no effect with normalize=False; leave it at False.")
     query_length, key_length = inputs.query.shape[1], inputs.key.shape[1]
     options = Options(
         is_causal=validate.boolean("is_causal", is_causal),
         window=validate.window(local_window_size, max(query_length, key_length)),
         origin_sink=validate.boolean("origin_sink", origin_sink),
-        return_residual=validate.boolean("return_residual", return_residual),
+        return_residual=validate.boolean("return_residual", return_residual) or not normalize,
         shared_key_norm_weight=np.ndim(key_norm_weight) == 0,
         static_gamma=validate.static_number(
             1 / math.sqrt(inputs.query.shape[-1]) if gamma is None else gamma
@@ -186,6 +195,8 @@ def rbf_attention(
         static_key_norm_weight=validate.static_number(key_norm_weight),
     )
     out, logsumexp = _choose(implementation, inputs, masking, options)(inputs, masking, options)
+    if not normalize:
+        out, logsumexp = unnormalize(inputs.query, inputs.gamma, out, logsumexp)
     if unbatched:
         out, logsumexp = out[0], None if logsumexp is None else logsumexp[0]
     return (out, logsumexp) if return_residual else out

@@ -50,7 +50,7 @@ def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | Non
     if options.origin_sink:
         return "does not support origin_sink"
     if options.return_residual:
-        return "does not return a float32 logsumexp (return_residual)"
+        return "does not return a float32 logsumexp (return_residual, normalize=False)"
     if options.window is not None and not options.is_causal:
         return "supports local_window_size together with is_causal only"
     limit = 256 if _compute_capability() >= (9, 0) else 128

@@ -204,6 +204,42 @@ def test_exclusive_output_is_orthogonal_to_the_own_value():
     assert np.all(np.isfinite(gradient))
 
 
+def test_exclusive_gradients_are_those_of_the_formula():
+    out, value, cotangent = normal(0, B, T, 4, H), normal(1, B, T, 2, H), normal(2, B, T, 4, H)
+
+    def formula(out, value):
+        unit = jnp.repeat(value / jnp.linalg.norm(value, axis=-1, keepdims=True), 2, axis=2)
+        return out - jnp.sum(out * unit, axis=-1, keepdims=True) * unit
+
+    @quick_jit
+    def run(out, value):
+        return [jax.vjp(f, out, value)[1](cotangent) for f in (exclude_own_value, formula)]
+
+    for ours, expected in zip(*run(out, value)):
+        np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("positions", ["rope", "alibi"])  # one call of the operation, and two
+def test_a_layer_that_does_not_normalise_sums_kernels(positions):
+    layer, x, angles = _layer({"normalize": False, "gamma": 0.1}, positions=positions)
+    variables = random_variables(layer, x, angles)
+    _, sown = quick_jit(lambda v: layer.apply(v, x, angles, mutable=["intermediates"]))(variables)
+    normalised = Attention(small_config({"gamma": 0.1}, positions=positions))
+
+    @quick_jit
+    def run(variables):
+        # An output projection that keeps the heads apart shows what went into it.
+        out = jnp.eye(D).reshape(4, H, D)
+        variables = {"params": {**variables["params"], "out": {"kernel": out}}}
+        return layer.apply(variables, x, angles), normalised.apply(variables, x, angles)
+
+    sums, means = (y[:, R:].reshape(B, T, 4, H) for y in run(variables))
+    bound_less_total = sown["intermediates"]["bound_gap"][0].swapaxes(1, 2)  # γ‖q‖² − logsumexp
+    expected = means * np.exp(-bound_less_total)[..., None]
+    np.testing.assert_allclose(sums, expected, atol=2e-5 * np.abs(expected).max())
+    assert np.abs(sums - means).max() > 0.1
+
+
 def test_exclusive_layer_projects_before_the_output_projection():
     layer, x, angles = _layer({"exclusive": True})
     plain, _, _ = _layer()

@@ -28,6 +28,14 @@ CASES = {
         {"window": 1, "origin_sink": True, "learn_key_norm_weight": True},
         {"positions": "alibi", "num_kv_heads": None, "remat": True},
     ),
+    "not normalised": (
+        {"normalize": False, "learn_gamma": True, "gamma": 0.05},
+        {"positions": "susie"},
+    ),
+    "not normalised, alibi, window": (
+        {"normalize": False, "window": 2, "gamma": 0.05},
+        {"positions": "alibi", "num_registers": 2},
+    ),
     "susie, window, no registers": (
         {"window": 3, "qk_norm": True},
         {"positions": "susie", "num_registers": 0},

@@ -22,6 +22,8 @@ from tests.nn.models import small_config
             {"kind": "dot", "learn_key_norm_weight": True},
             "learn_key_norm_weight=True has no effect",
         ),
+        ({"kind": "dot", "normalize": False}, "attention.normalize=False has no effect"),
+        ({"origin_sink": True, "normalize": False}, "attention.origin_sink=True has no effect"),
         ({"gamma": 0.0}, "attention.gamma=0.0 must be greater than 0"),
         ({"gamma": math.nan}, "attention.gamma=nan must be a finite number"),
         ({"key_norm_weight": "1"}, "attention.key_norm_weight='1' must be a finite number"),

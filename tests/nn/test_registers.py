@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rbf_jax import rbf_attention
 from rbf_jax.nn.registers import Registers, attend, merge
@@ -13,10 +14,11 @@ def _inputs():
     return normal(0, B, R + T, N, H), normal(1, B, R + T, K, H), normal(2, B, R + T, K, H)
 
 
-def test_two_calls_merged_equal_one():
+@pytest.mark.parametrize("kind", [{"origin_sink": True}, {"normalize": False}])
+def test_two_calls_merged_equal_one(kind):
     """A window over all of the text and segments of one value are rules that forbid nothing."""
     gamma = np.float32([0.2, 0.5, 1.0, 0.1])
-    options = {"origin_sink": True, "gamma": gamma, "key_norm_weight": 0.8}
+    options = {**kind, "gamma": gamma, "key_norm_weight": 0.8}
     rules = {"segment_ids": jnp.ones((B, T), jnp.int32), "window": T}
     cotangent = normal(4, B, R + T, N, H)
 

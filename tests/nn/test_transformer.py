@@ -35,9 +35,10 @@ CASES = {
     "learned": {"qk_norm": True},
     "none": {"exclusive": True},
 }
+OTHERS = [("rope", {"kind": "dot"}), ("susie", {"normalize": False, "gamma": 0.05})]
 
 
-@pytest.mark.parametrize(("positions", "attention"), [*CASES.items(), ("rope", {"kind": "dot"})])
+@pytest.mark.parametrize(("positions", "attention"), [*CASES.items(), *OTHERS])
 def test_no_token_sees_later_ones_or_other_documents(positions, attention):
     """By gradients; and packed documents have the logits that they have each in a row."""
     model, variables = small_model(attention, positions=positions)

@@ -50,11 +50,12 @@ def allowed(shape, options):
     return result
 
 
-def oracle(*arrays, **options) -> tuple[Results, Results, Results, Results]:
+def oracle(*arrays, normalize=True, **options) -> tuple[Results, Results, Results, Results]:
     """Everything in float64.
 
     Args:
       *arrays: query, key, value, γ, λ and the cotangents of output and logsumexp.
+      normalize: of the call.
       **options: of the call.
 
     Returns:
@@ -66,10 +67,11 @@ def oracle(*arrays, **options) -> tuple[Results, Results, Results, Results]:
       size of HEADROOM. Only rows whose bound is small are counted. Then what the rounding of the
       output to its dtype does to a backward pass that knows only that.
     """
-    return _formula(np.float64, lambda x: x, *arrays, **options)
+    formula = _formula if normalize else _sums_of_kernels
+    return formula(np.float64, lambda x: x, *arrays, **options)
 
 
-def plain(*arrays, **options) -> Results:
+def plain(*arrays, normalize=True, **options) -> Results:
     """The same formula with every step rounded to the query's dtype; products of matrices once."""
     dtype = jnp.dtype(arrays[0].dtype)
     hold = np.float64 if dtype == np.float64 else np.float32
@@ -78,7 +80,8 @@ def plain(*arrays, **options) -> Results:
         return x.astype(dtype).astype(hold)
 
     with np.errstate(over="ignore", invalid="ignore"):
-        results, *_ = _formula(hold, rounded, *arrays, **options)
+        formula = _formula if normalize else _sums_of_kernels
+        results, *_ = formula(hold, rounded, *arrays, **options)
         # The heads of a group were summed since.
         results = results._replace(key=rounded(results.key), value=rounded(results.value))
     return Results(*(np.asarray(x, np.float64) for x in results))
@@ -186,6 +189,89 @@ def _formula(dtype, rounded, query, key, value, gamma, key_norm_weight, dout, dl
     kept = of_output(np.where(np.isfinite(kept), kept, 0), p)
     heads = K, np.ndim(gamma), np.ndim(key_norm_weight)
     return tuple(_public(heads, *x) for x in (results, scales, rounding, kept))
+
+
+def _sums_of_kernels(
+    dtype, rounded, query, key, value, gamma, key_norm_weight, dout, dlse, **options
+):
+    """Σ_j exp(−γ‖q − k‖² + (1 − λ)γ‖k‖²) v_j by distances, pair by pair; the sum's logarithm."""
+    r = rounded
+    q, k, v, do, dl = (np.asarray(x, dtype) for x in (query, key, value, dout, dlse))
+    (B, T, N, _), S, K = q.shape, k.shape[1], k.shape[2]
+    g = r(np.zeros((N, 1, 1), dtype) + np.asarray(gamma, dtype).reshape(-1, 1, 1))
+    lam = r(np.zeros((N, 1, 1), dtype) + np.asarray(key_norm_weight, dtype).reshape(-1, 1, 1))
+    q, do = q.transpose(0, 2, 1, 3), do.transpose(0, 2, 1, 3)  # B N T H
+    k, v = (np.repeat(x, N // K, axis=2).transpose(0, 2, 1, 3) for x in (k, v))  # B N S H
+    dl = r(dl.transpose(0, 2, 1)[..., None])
+
+    apart = r(q[:, :, :, None] - k[:, :, None])  # B N T S H
+    distances = r((apart * apart).sum(-1))
+    norms = r((k * k).sum(-1))[:, :, None, :]
+    slopes = np.asarray(options.get("alibi_slopes", np.zeros(N)), dtype)[:, None, None]
+    bias = -r(slopes) * np.abs(np.arange(T)[:, None] - np.arange(S)[None, :]).astype(dtype)
+    exponents = r(r(r((1 - lam) * g * norms) - r(g * distances)) + r(bias))
+    exponents = np.where(allowed((B, N, T, S), options), exponents, -np.inf)
+    w = r(np.exp(exponents))
+    largest = exponents.max(-1, keepdims=True)
+    largest = np.where(np.isneginf(largest), 0, largest)
+    shares = r(np.exp(exponents - largest))
+    total = r(shares.sum(-1, keepdims=True))
+    with np.errstate(divide="ignore"):
+        lse = r(largest + r(np.log(total)))
+    p = r(shares / np.where(total == 0, 1, total))
+    out = r(w @ v)
+
+    ds = r(r(w * r(do @ v.swapaxes(-1, -2))) + r(p * dl))
+    pulls = r(2 * g[..., None] * r(ds[..., None] * apart))  # to the keys
+    columns = r(ds.sum(-2))[..., None]
+    results = (
+        out,
+        lse,
+        r(-pulls.sum(-2)),
+        r(r(pulls.sum(-3)) + r(2 * g * (1 - lam) * columns * k)),
+        r(w.swapaxes(-1, -2) @ do),
+        r((ds * r((1 - lam) * norms - distances)).sum((0, 2, 3))),
+        r(-(ds * r(g * norms)).sum((0, 2, 3))),
+    )
+    scales = _scales_of_sums(q, k, v, do, dl, g, lam, -bias, exponents, w, p)
+    # What is rounded where the softmax's output is: the cotangent that it is multiplied by.
+    moved = (np.abs(out) * np.abs(do)).sum(-1, keepdims=True) * float(jnp.finfo(query.dtype).eps)
+    kept = scales(0 * w, p * moved)
+    rounding = scales(w, p * ((w @ np.abs(v)) * np.abs(do)).sum(-1, keepdims=True))
+    heads = K, np.ndim(gamma), np.ndim(key_norm_weight)
+    every = results, scales(None, None), rounding, kept
+    return tuple(_public(heads, *x) for x in every)
+
+
+def _scales_of_sums(q, k, v, do, dl, g, lam, alibi, exponents, w, p):
+    """What makes the sums of absolute values, of all terms or of weights and dS that are given."""
+    abs_products = np.abs(q) @ np.abs(k).swapaxes(-1, -2)
+    squares, norms = (q * q).sum(-1, keepdims=True), (k * k).sum(-1)[:, :, None, :]
+    sizes = 2 * g * abs_products + g * squares + np.abs(lam) * g * norms + alibi
+    mean_size = (p * sizes).sum(-1, keepdims=True)
+    allowed_pairs = ~np.isneginf(exponents)
+    tiny = np.finfo(np.float32).tiny / np.finfo(np.float32).eps
+    abs_w = np.where(allowed_pairs, np.maximum(w * (1 + sizes + mean_size), tiny), 0)
+    abs_p = np.where(allowed_pairs, np.maximum(p * (1 + sizes + mean_size), tiny), 0)
+    abs_dp = np.abs(do) @ np.abs(v).swapaxes(-1, -2)
+    abs_ds = abs_w * abs_dp + abs_p * np.abs(dl) + p * (abs_w * abs_dp).sum(-1, keepdims=True)
+
+    def scales(weights, ds):
+        everything = weights is None
+        weights, ds = (abs_w, abs_ds) if everything else (weights, ds)
+        by_key = ds.swapaxes(-1, -2)
+        own = ds.sum(-1, keepdims=True) * np.abs(q)
+        return Results(
+            weights @ np.abs(v),
+            mean_size if everything else 0 * mean_size,
+            2 * g * (ds @ np.abs(k) + own),
+            2 * g * (by_key @ np.abs(q) + np.abs(lam) * by_key.sum(-1)[..., None] * np.abs(k)),
+            weights.swapaxes(-1, -2) @ np.abs(do),
+            (ds * (2 * abs_products + squares + np.abs(lam) * norms)).sum((0, 2, 3)),
+            (ds * g * norms).sum((0, 2, 3)),
+        )
+
+    return scales
 
 
 def _public(heads, out, lse, dq, dk, dv, dgamma, dlambda) -> Results:

@@ -47,6 +47,8 @@ K = jnp.ones((2, 5, 2, 8))
         ({"key_norm_weight": jnp.ones(2)}, r"key_norm_weight has shape \(2,\)"),
         ({"is_causal": "yes"}, r"is_causal='yes' must be a Python bool"),
         ({"origin_sink": 1}, r"origin_sink=1 must be a Python bool"),
+        ({"normalize": 0}, r"normalize=0 must be a Python bool"),
+        ({"normalize": False, "origin_sink": True}, r"origin_sink=True has no effect with norm"),
         ({"return_residual": None}, r"return_residual=None must be a Python bool"),
         ({"local_window_size": -1}, r"local_window_size=-1 must be"),
         ({"local_window_size": (1, 2, 3)}, r"local_window_size=\(1, 2, 3\) must be"),
