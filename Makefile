@@ -57,7 +57,8 @@ GPU_PYTEST ?=
 test-gpu:
 	XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_autotune_level=0" \
 	JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest tests/ops $(GPU_PYTEST) \
-		--ignore=tests/ops/test_triton_interpreted.py --ignore=tests/ops/test_triton_compile.py \
+		--ignore=tests/ops/test_triton_interpreted.py --ignore=tests/ops/test_mosaic_interpreted.py \
+		--ignore=tests/ops/test_triton_compile.py \
 		--ignore=tests/ops/test_many_devices.py
 
 clean:

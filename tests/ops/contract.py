@@ -68,6 +68,15 @@ TRITON = Subject(
     prepare=poison if jax.default_backend() == "gpu" else None,
 )
 
+MOSAIC = Subject(
+    "mosaic",
+    functools.partial(rbf_attention, implementation="mosaic"),
+    refuses=frozenset({"mask", "segments"}),
+    dtypes=("bfloat16", "float16"),
+    bounded=("bfloat16",),
+    prepare=TRITON.prepare,
+)
+
 CUDNN_REFUSES = frozenset(
     {"array_gamma", "mask", "lengths", "segments", "alibi", "sink", "two_sided_window"}
 )
@@ -104,6 +113,8 @@ def _subjects():
     yield Subject("cudnn arithmetic", _cudnn_arithmetic, **_CUDNN)
     if jax.default_backend() == "gpu":
         yield TRITON
+        if jax.devices()[0].compute_capability == "9.0":
+            yield MOSAIC
         yield Subject(
             "cudnn",
             functools.partial(rbf_attention, implementation="cudnn"),

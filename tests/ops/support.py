@@ -15,6 +15,10 @@ on NVIDIA GPUs only; everywhere else the suite runs the kernels by Triton's inte
 augmented heads through `jax.nn`. What is not supported raises
 NotImplementedError, and the suite tests that too.
 
+"mosaic" is for compute capability 9.0 and two versions of jax (`rbf_jax/ops/mosaic/attention.py`).
+It has not been run on a GPU yet: some of the cases run in Mosaic's interpreter
+(`tests/ops/mosaic_interpreted/`), and it lowers for sm_90. Its backward pass is "triton"'s.
+
 "triton" reads a general mask tile by tile and leaves out tiles that are wholly masked; windows,
 lengths and segment ids, where they say the same, are faster. In bfloat16 it measures weights from
 a bound, not from the largest one, so that a weight of 1 is rounded too: where a row's weight is all
@@ -41,24 +45,23 @@ WHAT = {
 def document() -> str:
     """Returns the Markdown of the list."""
     others = [contract.SUBJECTS[name] for name in ("cudnn arithmetic", "xla", "reference")]
-    subjects = [contract.TRITON, *others]
+    subjects = [contract.TRITON, contract.MOSAIC, *others]
     rows = [
         ["supported by", *(subject.name.removesuffix(" arithmetic") for subject in subjects)],
         ["---"] * (1 + len(subjects)),
         ["dtypes", *(", ".join(subject.dtypes) for subject in subjects)],
-        ["`is_causal`, also with T ≠ S; any length; grouped heads; λ per head", *["yes"] * 4],
-        ["head dimensions", "up to 256", "up to 248, on some GPUs 120", "any", "any"],
+        ["`is_causal`, also with T ≠ S; any length; grouped heads; λ per head", *["yes"] * 5],
+        ["head dimensions", "up to 256", "up to 256", "up to 248, on some GPUs 120", "any", "any"],
     ]
     for feature, text in WHAT.items():
         rows.append([text, *("no" if feature in s.refuses else "yes" for s in subjects)])
     rows.append(["`return_residual`", *("yes" if s.logsumexp else "no" for s in subjects)])
-    rows.append(
-        ["gradients of v where logits reach 10⁷ (‖k‖ ≈ 10⁴)", "yes", "**wrong**", "yes", "yes"]
-    )
-    rows.append(["forward-mode derivatives (jvp)", "no", "no", "no", "yes"])
-    rows.append(["jvp of grad (Hessian-vector products)", "no", "no", "yes", "yes"])
-    rows.append(["grad of grad", "no", "no", "no", "yes"])
-    rows.append(["`jax.export`", "with its custom call allowed", "no", "yes", "yes"])
+    huge = "gradients of v where logits reach 10⁷ (‖k‖ ≈ 10⁴)"
+    rows.append([huge, "yes", "yes", "**wrong**", "yes", "yes"])
+    rows.append(["forward-mode derivatives (jvp)", "no", "no", "no", "no", "yes"])
+    rows.append(["jvp of grad (Hessian-vector products)", "no", "no", "no", "yes", "yes"])
+    rows.append(["grad of grad", "no", "no", "no", "no", "yes"])
+    rows.append(["`jax.export`", "with its custom call allowed", "no", "no", "yes", "yes"])
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     names = [f"`{case.name}`" for case in cases.CASES]
     return f"{HEAD}\n{table}\n\nThe {len(names)} cases: {', '.join(names)}.\n"

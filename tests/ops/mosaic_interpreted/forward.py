@@ -1,0 +1,102 @@
+"""The Mosaic GPU kernel by Pallas's interpreter, on the CPU: what it computes, and its barriers.
+
+What only a GPU can tell: whether the programs compile there, how fast they are, and whether memory
+that is read and written asynchronously is so in the right order.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rbf_jax.ops.mosaic import forward
+from rbf_jax.ops.mosaic.tiles import Tiles, override_tiles
+from rbf_jax.ops.triton import launch
+from tests.ops import adversarial, cases, contract
+from tests.ops.mosaic_interpreter import interpreted
+
+TILES = Tiles(block_k=64)
+ADVERSARIAL = {case.name: case for case in adversarial.CASES}
+CASES = [
+    ("full", "bfloat16", TILES),
+    ("full", "float16", TILES),
+    ("prime_lengths", "bfloat16", TILES),
+    ("causal_more_queries", "bfloat16", Tiles(block_k=64, consumers=3, pingpong=False)),
+    ("multi_query", "bfloat16", TILES),
+    ("window_two_sided", "bfloat16", Tiles(block_k=64, consumers=1, pingpong=False)),
+    ("lengths", "float16", TILES),
+    ("alibi", "bfloat16", TILES),
+    ("sink", "bfloat16", TILES),
+]
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch):
+    monkeypatch.setattr(launch, "unavailable", lambda: None)
+    monkeypatch.setattr(launch, "target", lambda: launch.Target("NVIDIA H100 80GB HBM3", 90))
+    with interpreted():
+        yield
+
+
+def _violations(case, dtype="bfloat16", tiles=TILES):
+    """Of the output and the logsumexp: the gradients, which are Triton's, are the expected ones."""
+    gradients = contract.expected(case, dtype, True, 0)[0][2:]
+
+    def make(subject, static, gamma):
+        def program(arrays, options):
+            query, key, value, gamma, key_norm_weight, *_ = arrays
+            numbers = {"gamma": gamma, "key_norm_weight": key_norm_weight}
+            with_logsumexp = {"return_residual": True, **options, **dict(static)}
+            return *subject.attend(query, key, value, **numbers, **with_logsumexp), *gradients
+
+        return program
+
+    with override_tiles(tiles):
+        return contract.violations(contract.MOSAIC, case, dtype, make=make)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tiles"), CASES, ids=[f"{name}-{dtype}" for name, dtype, _ in CASES]
+)
+def test_values(name, dtype, tiles):
+    assert not _violations(cases.BY_NAME[name], dtype, tiles)
+
+
+def test_larger_heads():
+    case = dataclasses.replace(cases.BY_NAME["grouped"], B=1, H=128, T=70, S=70)
+    assert not _violations(case, tiles=Tiles(block_k=128))
+
+
+@pytest.mark.parametrize(
+    "name", ["far_keys", "one_near_key_causal", "tiny_weight", "huge_values", "queries_beyond"]
+)
+def test_gate(name):
+    assert not _violations(ADVERSARIAL[name])
+
+
+def test_gate_forced_on_every_tile(monkeypatch):
+    monkeypatch.setattr(forward, "SMALLEST_SUM", 3e38)
+    seen = []
+    attend = forward._Block._attend
+    monkeypatch.setattr(forward._Block, "_attend", lambda *x: seen.append(x[-1]) or attend(*x))
+    assert not _violations(ADVERSARIAL["sink"])
+    assert seen == [False, True]
+
+
+@pytest.mark.parametrize("name", ["far_keys", "tiny_weight"])
+def test_without_the_gate_it_is_wrong(name, monkeypatch):
+    monkeypatch.setattr(forward, "SMALLEST_SUM", 0.0)
+    monkeypatch.setattr(forward, "LARGEST_REFERENCE", np.inf)
+    assert _violations(ADVERSARIAL[name])
+
+
+def test_vmap_folds_the_axis_into_the_batch():
+    inputs = cases.BY_NAME["causal"].arrays(jnp.bfloat16)[:3]
+    attend = functools.partial(contract.MOSAIC.attend, is_causal=True)
+    with override_tiles(TILES):
+        want = attend(*inputs)
+        got = jax.vmap(attend)(*[x[:, None] for x in inputs])
+    np.testing.assert_array_equal(np.asarray(got[:, 0]), np.asarray(want))

@@ -1,0 +1,147 @@
+"""The Mosaic GPU kernel in programs for CUDA, and what it refuses; a GPU is pretended."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rbf_jax import rbf_attention
+from rbf_jax.ops.mosaic import attention
+from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, override_tiles
+from rbf_jax.ops.triton import launch
+
+T, S = 1031, 2053
+B, N, K = 2, 4, 2
+CALL = re.compile(r"custom_call @mosaic_gpu\w*\(")
+
+
+@pytest.fixture(autouse=True)
+def h100(monkeypatch):
+    monkeypatch.setattr(launch, "unavailable", lambda: None)
+    monkeypatch.setattr(launch, "target", lambda: launch.Target("NVIDIA H100 80GB HBM3", 90))
+
+
+def _shapes(H=64, dtype=jnp.bfloat16):
+    key = jax.ShapeDtypeStruct((B, S, K, H), dtype)
+    return jax.ShapeDtypeStruct((B, T, N, H), dtype), key, key
+
+
+def _attend(q, k, v, **options):
+    return rbf_attention(q, k, v, implementation="mosaic", **options)
+
+
+def _program(function, *arguments) -> str:
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("H", "dtype", "options"),
+    [
+        (64, jnp.bfloat16, {"is_causal": True}),
+        (128, jnp.bfloat16, {"origin_sink": True, "local_window_size": (100, 50)}),
+        (256, jnp.float16, {"key_value_seq_lengths": jnp.array([5, 900])}),
+        (80, jnp.bfloat16, {"alibi_slopes": jnp.ones(N), "query_seq_lengths": jnp.array([5, 9])}),
+    ],
+)
+def test_forward(H, dtype, options):
+    """Mosaic's own lowering runs, with layouts of all that a thread holds; ptxas does not."""
+    program = _program(functools.partial(_attend, **options), *_shapes(H, dtype))
+    assert len(CALL.findall(program)) == 1
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        Tiles(block_k=64, stages=3),
+        Tiles(block_k=256, consumers=1, pingpong=False),
+        Tiles(consumers=3, pingpong=False),
+    ],
+    ids=str,
+)
+def test_override_tiles_is_taken(tiles):
+    with override_tiles(tiles):
+        program = _program(lambda *x: _attend(*x), *_shapes())
+    assert len(CALL.findall(program)) == 1
+    assert program != _program(lambda *x: _attend(*x), *_shapes())
+
+
+def test_the_backward_pass_is_triton():
+    """It reads what it expects: the logsumexp in base 2, in rows of a multiple of 16."""
+
+    def loss(*x):
+        out, logsumexp = _attend(*x, return_residual=True)
+        return out.astype(jnp.float32).sum() + logsumexp.sum()
+
+    program = _program(jax.grad(loss, argnums=(0, 1, 2)), *_shapes())
+    assert len(CALL.findall(program)) == 1
+    assert program.count("@triton_kernel_call") == 2
+    assert f"tensor<{B}x{N}x{-(-T // 16) * 16}xf32>" in program
+
+
+def test_it_is_never_the_default():
+    program = _program(functools.partial(rbf_attention, is_causal=True), *_shapes())
+    assert not CALL.findall(program)
+
+
+@pytest.mark.parametrize(
+    ("change", "requirement"),
+    [
+        ({"mask": jnp.ones((1, 1, 1, S), bool)}, "does not support mask"),
+        (
+            {
+                "query_segment_ids": jnp.zeros((B, T), jnp.int32),
+                "key_value_segment_ids": jnp.zeros((B, S), jnp.int32),
+            },
+            "does not support query_segment_ids and key_value_segment_ids",
+        ),
+        ({"H": 264}, "supports head dimensions up to 256, not 264"),
+        ({"dtype": jnp.float32}, "supports bfloat16 and float16, not float32"),
+    ],
+)
+def test_refusals_name_who_can(change, requirement):
+    shapes = _shapes(change.pop("H", 64), change.pop("dtype", jnp.bfloat16))
+    expected = re.escape(requirement) + ".*'xla' and 'reference' can do this call"
+    with pytest.raises(NotImplementedError, match=expected):
+        jax.eval_shape(functools.partial(_attend, **change), *shapes)
+
+
+@pytest.mark.parametrize(
+    ("capability", "said"), [(80, "this GPU has 8.0; 'triton'"), (100, "this GPU has 10.0")]
+)
+def test_other_gpus(capability, said, monkeypatch):
+    monkeypatch.setattr(launch, "target", lambda: launch.Target("another", capability))
+    with pytest.raises(NotImplementedError, match=f"needs compute capability 9.0, and {said}"):
+        jax.eval_shape(_attend, *_shapes())
+
+
+def test_other_versions_of_jax(monkeypatch):
+    monkeypatch.setattr(jax, "__version__", "0.12.0")
+    with pytest.raises(NotImplementedError, match=r"is made for jax .* and this is jax 0.12.0"):
+        jax.eval_shape(_attend, *_shapes())
+
+
+@pytest.mark.parametrize(
+    ("change", "requirement"),
+    [
+        ({"block_q": 96}, "block_q=96 must be a multiple of 64"),
+        ({"block_k": 320}, "block_k=320 must be a multiple of 64 up to 256"),
+        ({"stages": 1}, "stages=1 must be at least 2"),
+        ({"consumers": 4}, "consumers=4 must be one of [1, 2, 3]"),
+        ({"consumers": 3}, "pingpong=True requires consumers=2, not 3"),
+    ],
+)
+def test_tiles_say_what_is_wrong_with_them(change, requirement):
+    with pytest.raises(ValueError, match=re.escape(requirement)):
+        Tiles(**change)
+
+
+@pytest.mark.parametrize("H", HEAD_DIMS)
+def test_chosen_tiles_fit(H):
+    assert choose(H).fits(H)
+    assert not Tiles(block_k=256, stages=4).fits(H)
+
+
+def test_versions_hold_the_one_that_is_tested():
+    assert jax.__version__ in attention._JAX_VERSIONS
