@@ -3,12 +3,17 @@
     python -m experiments.bench_training --config=configs/stories_rbf.py \
         --against=configs/stories_dot.py [--out=FILE.json] [--config.KEY=VALUE]
 
+With --packing the first configuration is measured in both layouts of its data, packed against
+padded, on its text, the rows of an epoch shuffled; then tokens/s are those that the loss counts:
+
+    python -m experiments.bench_training --config=configs/demo.py --packing
+
 --config.KEY=VALUE changes both. The original's sizes are its vocabulary of 50,257, the default of
 --vocab_size here, and, on top of the stories configs, --config.model.tie_embeddings=false and
 --config.model.dtype=bfloat16.
 
-The step is the one that training runs, compiled as training compiles it; tokens are random and on
-the device, so that no data, tokenizer or checkpoint is needed, nor their packages. The two take
+The step is the one that training runs, compiled as training compiles it; tokens are random, but
+with --packing, and on the device, so that no data, tokenizer or checkpoint is needed. The two take
 turns, --steps steps at a time, queued and waited for once; tokens/s is the median over --rounds.
 Peak memory is the compiler's: arguments, temporaries and results of one step. Beside it stands the
 allocator's peak, where the device tells it, measured before that in a process of its own for each.
@@ -34,13 +39,17 @@ from experiments import config_files
 from experiments.benchmarks.options import json_file, positive
 from rbf_jax.data.files import write_text
 
+LAYOUTS = ("packed", "padded")
 # The original PyTorch code, its Triton kernel and torch.compile, on an H100.
 ORIGINAL = {"tokens_per_second": 0.61e6, "peak_bytes": 10.2 * 2**30}
 
 
 @dataclasses.dataclass
 class Running:
-    """A configuration's compiled step, its state, which the step donates, and a batch."""
+    """A configuration's compiled step, its state, which the step donates, and a batch.
+
+    `tokens` is how many of the batch the loss counts.
+    """
 
     step: Any
     state: Any
@@ -57,6 +66,10 @@ class Running:
             self.state, metrics = self.step(self.state, self.batch)
         jax.block_until_ready((self.state, metrics))
         return time.perf_counter() - start
+
+    def share(self) -> float:
+        """Of the batch's places, those that the loss counts."""
+        return self.tokens / self.batch["loss_mask"].size
 
     def peak_bytes(self) -> int:
         """Of one step, by the compiler: donated arguments, which are results too, count once."""
@@ -75,6 +88,8 @@ def main(argv: Sequence[str]) -> int:
     specs = [options.config, *([options.against] if options.against else [])]
     try:
         configs = [config_files.parse([argv[0], f"--config={s}", *overrides])[0] for s in specs]
+        if options.packing:
+            return _report(argv, options, measure_packing(configs[0], options))
         if options.only_peak:
             print(json.dumps({"allocator_peak_bytes": _allocator_peak(configs[0], options)}))
             return 0
@@ -85,20 +100,27 @@ def main(argv: Sequence[str]) -> int:
         return 2
     for result, peak in zip(content["results"], peaks):
         result["allocator_peak_bytes"] = peak
+    return _report(argv, options, content)
+
+
+def _report(argv: Sequence[str], options: argparse.Namespace, content: dict[str, Any]) -> int:
     content = {"command": " ".join(["python -m experiments.bench_training", *argv[1:]]), **content}
     write_text(Path(options.out), json.dumps(content, indent=1) + "\n")
-    print(describe(content))
+    print(describe_packing(content) if options.packing else describe(content))
     print(f"written to {options.out}")
     return 0
 
 
-def prepare(config: Any, vocab_size: int, devices: Sequence[Any] | None = None) -> Running:
-    """Makes the state of a run, its step and a batch of random tokens.
+def prepare(
+    config: Any, vocab_size: int, devices: Sequence[Any] | None = None, batch: Any = None
+) -> Running:
+    """Makes the state of a run, its step and a batch.
 
     Args:
       config: with the keys of configs/base.py; its mesh is laid over the devices.
       vocab_size: V.
       devices: by default the first.
+      batch: as `rbf_jax.data` makes it; by default of random tokens, that all count.
 
     Raises:
       ValueError: the configuration is wrong.
@@ -121,18 +143,19 @@ def prepare(config: Any, vocab_size: int, devices: Sequence[Any] | None = None) 
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = create_state(model, optimizer, config.seed, mesh)
     step = compile_train_step(config, model, optimizer, state, mesh)
-    shape = config.train.batch_size, config.data.context_length
-    inputs, targets = jax.random.randint(jax.random.key(0), (2, *shape), 0, vocab_size)
-    batch = {
-        "inputs": inputs,
-        "targets": targets,
-        "positions": jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape),
-        "segment_ids": jnp.ones(shape, jnp.int32),
-        "loss_mask": jnp.ones(shape, bool),
-    }
+    if batch is None:
+        shape = config.train.batch_size, config.data.context_length
+        inputs, targets = jax.random.randint(jax.random.key(0), (2, *shape), 0, vocab_size)
+        batch = {
+            "inputs": inputs,
+            "targets": targets,
+            "positions": jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape),
+            "segment_ids": jnp.ones(shape, jnp.int32),
+            "loss_mask": jnp.ones(shape, bool),
+        }
     batch = jax.device_put(batch, batch_sharding(mesh))
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    return Running(step, state, batch, shape[0] * shape[1], parameters)
+    return Running(step, state, batch, int(batch["loss_mask"].sum()), parameters)
 
 
 def measure(
@@ -142,12 +165,7 @@ def measure(
     from rbf_jax import environment
 
     runnings = [prepare(config, options.vocab_size) for config in configs]
-    rates: list[list[float]] = [[] for _ in runnings]
-    for running in runnings:
-        running.run(2)  # Warm-up.
-    for _ in range(options.rounds):
-        for running, measured in zip(runnings, rates):
-            measured.append(options.steps * running.tokens / running.run(options.steps))
+    rates = _rates(runnings, options)
     results = [
         {
             "config": spec,
@@ -162,6 +180,64 @@ def measure(
     ]
     settings = {name: getattr(options, name) for name in ("vocab_size", "rounds", "steps")}
     return {**environment.describe(), **settings, "original": ORIGINAL, "results": results}
+
+
+def measure_packing(config: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Times one configuration on its text, packed and padded; returns the content of the file."""
+    from rbf_jax import environment
+    from rbf_jax.data import load_data
+
+    config = config.copy_and_resolve_references()
+    runnings, shares, seen = [], [], []
+    for layout in LAYOUTS:
+        config.data.layout = layout
+        data = load_data(config.data, seed=config.seed)
+        rows = data.num_rows("train")
+        (epoch,) = data.batches("train", rows, shuffle=False, repeat=False)
+        shares.append(float(epoch["loss_mask"].mean()))
+        seen.append(float(epoch["loss_mask"].sum() / data.num_targets["train"]))
+        batch = next(
+            iter(data.batches("train", config.train.batch_size, shuffle=True, repeat=True))
+        )
+        runnings.append(prepare(config, data.tokenizer.vocab_size, batch=batch))
+    results = [
+        {
+            "layout": layout,
+            # What counts in a row on average, not in the one batch.
+            "tokens_per_second": statistics.median(measured) * share / running.share(),
+            "places_per_second": statistics.median(measured) / running.share(),
+            "share_that_counts": share,
+            "share_of_text": part,
+        }
+        for layout, running, share, part, measured in zip(
+            LAYOUTS, runnings, shares, seen, _rates(runnings, options)
+        )
+    ]
+    settings = {name: getattr(options, name) for name in ("rounds", "steps")}
+    return {**environment.describe(), **settings, "config": options.config, "results": results}
+
+
+def describe_packing(content: dict[str, Any]) -> str:
+    """The result in lines: each layout, and their ratio."""
+    lines = [
+        f"{r['layout']}: {r['tokens_per_second']:,.0f} tokens/s that count, "
+        f"{r['share_that_counts']:.1%} of {r['places_per_second']:,.0f}; "
+        f"an epoch has {r['share_of_text']:.1%} of the text"
+        for r in content["results"]
+    ]
+    packed, padded = (r["tokens_per_second"] for r in content["results"])
+    return "\n".join([*lines, f"packed trains on {packed / padded:.2f} times the tokens/s"])
+
+
+def _rates(runnings: Sequence[Running], options: argparse.Namespace) -> list[list[float]]:
+    """Tokens/s of each, round by round, in turns."""
+    rates: list[list[float]] = [[] for _ in runnings]
+    for running in runnings:
+        running.run(2)  # Warm-up.
+    for _ in range(options.rounds):
+        for running, measured in zip(runnings, rates):
+            measured.append(options.steps * running.tokens / running.run(options.steps))
+    return rates
 
 
 def describe(content: dict[str, Any]) -> str:
@@ -227,6 +303,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", required=True, help="configuration file that is measured")
     parser.add_argument("--against", help="configuration file that it is compared with")
+    parser.add_argument(
+        "--packing", action="store_true", help="measure both layouts of --config's text"
+    )
     parser.add_argument("--vocab_size", type=positive, default=50257)
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--steps", type=positive, default=30, help="in a turn")
@@ -235,6 +314,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options, rest = parser.parse_known_args(argv[1:])
     if wrong := [a for a in rest if not a.startswith(("--config.", "--noconfig."))]:
         parser.error(f"argument {wrong[0]!r} is not understood: give --name=value.")
+    if options.packing and options.against:
+        parser.error("--against has no effect with --packing: leave it out.")
     return options, rest
 
 

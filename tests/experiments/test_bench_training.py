@@ -57,6 +57,23 @@ def test_prints_ratios(content):
     assert "allocator's peak 5.10 GiB" in text
 
 
+def test_packing_counts_what_the_loss_counts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    out = tmp_path / "packing.json"
+    sizes = ["--rounds=2", "--steps=1", "--config.data.tokenizer=bytes", *TINY[3:6]]
+    sizes += ["--config.data.context_length=2048", f"--config.data.cache_dir={tmp_path}"]
+    argv = ["bench", f"--config={REPOSITORY / 'configs' / 'base.py'}", "--packing", *sizes]
+    assert bench_training.main([*argv, f"--out={out}"]) == 0
+    packed, padded = json.loads(out.read_text())["results"]
+    assert (packed["layout"], padded["layout"]) == ("packed", "padded")
+    assert packed["share_of_text"] == 1 >= padded["share_of_text"]
+    assert 1 > packed["share_that_counts"] > padded["share_that_counts"] > 0.1
+    for result in (packed, padded):
+        counted = result["share_that_counts"] * result["places_per_second"]
+        assert result["tokens_per_second"] == pytest.approx(counted)
+    assert "packed trains on " in capsys.readouterr().out
+
+
 def test_peak_counts_what_is_donated_once():
     analysis = types.SimpleNamespace(
         argument_size_in_bytes=100,
@@ -88,3 +105,6 @@ def test_wrong_options(capsys):
     with pytest.raises(SystemExit):
         bench_training.main(["bench", RBF, "--step=3"])
     assert "'--step=3' is not understood" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench_training.main(["bench", RBF, DOT, "--packing"])
+    assert "--against has no effect with --packing" in capsys.readouterr().err
