@@ -78,7 +78,16 @@ MOSAIC = Subject(
 )
 
 CUDNN_REFUSES = frozenset(
-    {"array_gamma", "mask", "lengths", "segments", "alibi", "sink", "two_sided_window"}
+    {
+        "array_gamma",
+        "mask",
+        "lengths",
+        "segments",
+        "alibi",
+        "sink",
+        "two_sided_window",
+        "unnormalized",
+    }
 )
 
 

@@ -39,6 +39,7 @@ WHAT = {
     "segments": "`query_segment_ids`, `key_value_segment_ids`",
     "alibi": "`alibi_slopes`",
     "sink": "`origin_sink`",
+    "unnormalized": "`normalize=False`",
 }
 
 
