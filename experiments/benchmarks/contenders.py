@@ -18,11 +18,13 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.clock import Call
 from rbf_jax import rbf_attention
+from rbf_jax.ops.triton import launch
 
 Arrays = Sequence[jax.Array]
 
 BASELINE = "dot product, cuDNN"
 TRITON = "RBF triton"
+MOSAIC = "RBF mosaic"
 # The RBF that the others are compared with: it runs everywhere and is tested against float64.
 TRUSTED = "RBF xla"
 FLEX = "RBF FlexAttention"
@@ -133,13 +135,18 @@ def memory(program: jax.stages.Compiled) -> Any:
 
 
 def contenders() -> dict[str, Start]:
-    """By name, the baseline first; FlexAttention only where PyTorch is installed."""
+    """By name, the baseline first.
+
+    The Mosaic kernel only where the GPU is one for it, FlexAttention where PyTorch is installed.
+    """
     found: dict[str, Start] = {
         BASELINE: _jax_contender(functools.partial(dot_product, implementation="cudnn")),
         TRITON: _jax_contender(functools.partial(rbf, implementation="triton")),
         "RBF cudnn": _jax_contender(functools.partial(rbf, implementation="cudnn")),
         TRUSTED: _jax_contender(functools.partial(rbf, implementation="xla")),
     }
+    if launch.unavailable() is None and launch.target().compute_capability == 90:
+        found[MOSAIC] = _jax_contender(functools.partial(rbf, implementation="mosaic"))
     if importlib.util.find_spec("torch") is not None:
         found[FLEX] = _flex
     return found

@@ -3,6 +3,8 @@
 from tests.ops import own_process
 
 FOLDER = "tests/ops/mosaic_interpreted"
+# Where a warpgroup ends in an error, the others wait for it for ever.
+LIMIT = ["faulthandler_timeout=90", "faulthandler_exit_on_timeout=true"]
 
 
 def test_all_files_are_run():
@@ -10,5 +12,6 @@ def test_all_files_are_run():
 
 
 def test_forward():
-    # Where XLA has fewer threads than there are warpgroups, those wait for each other for ever.
-    own_process.run(f"{FOLDER}/forward.py", {"NPROC": "8", "JAX_PLATFORMS": "cpu"})
+    # Where XLA has fewer threads than there are warpgroups, they wait for each other for ever.
+    environment = {"NPROC": "8", "JAX_PLATFORMS": "cpu"}
+    own_process.run(f"{FOLDER}/forward.py", environment, *[f"--override-ini={x}" for x in LIMIT])

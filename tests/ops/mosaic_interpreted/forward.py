@@ -65,6 +65,11 @@ def test_values(name, dtype, tiles):
     assert not _violations(cases.BY_NAME[name], dtype, tiles)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_more_steps_than_stages(dtype):
+    assert not _violations(cases.case("steps", T=130, S=300, B=1, N=1, K=1, is_causal=False), dtype)
+
+
 def test_larger_heads():
     case = dataclasses.replace(cases.BY_NAME["grouped"], B=1, H=128, T=70, S=70)
     assert not _violations(case, tiles=Tiles(block_k=128))
@@ -75,6 +80,16 @@ def test_larger_heads():
 )
 def test_gate(name):
     assert not _violations(ADVERSARIAL[name])
+
+
+def _second_tile_far(query, key):
+    return query.at[:, 64:, :, 0].add(-60), key
+
+
+def test_gate_of_one_warpgroup():
+    """All of the block go over the keys again, in as many steps."""
+    shape = {"T": 128, "S": 300, "N": 1, "K": 1}
+    assert not _violations(adversarial.case("one", "some", _second_tile_far, **shape))
 
 
 def test_gate_forced_on_every_tile(monkeypatch):

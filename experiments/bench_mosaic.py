@@ -1,0 +1,119 @@
+"""Forward times of RBF attention's Mosaic GPU kernel by its tiles, beside cuDNN and Triton.
+
+    python -m experiments.bench_mosaic [--head_dims=64,128,256] [--lengths=4096,16384]
+        [--dtype=bfloat16]
+
+At B·T = 16,384 and N·H = 2,048, causal and full. All of a cell take turns round by round on the
+same random arrays; a time is the median over the rounds, by the GPU's own clock where there is one
+(experiments/benchmarks/clock.py). A line gives the time, TFLOP/s, and the speed over that of
+cuDNN's dot product; tiles whose results are not those of "xla" are named so. The best tiles belong
+into `rbf_jax.ops.mosaic.tiles.choose`.
+
+Hardware: a GPU of compute capability 9.0 that nothing else runs on. Exit status: 0 measured; 2
+wrong command or no such GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmarks.clock import Call, Clock, one_line
+from experiments.benchmarks.contenders import Cell, dot_product, rbf
+from experiments.benchmarks.options import lengths
+from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, override_tiles
+from rbf_jax.ops.triton import launch
+
+TOKENS, WIDTH, ROUNDS, QUEUE_MILLISECONDS = 16384, 2048, 7, 30.0
+_LARGEST_DIFFERENCE = 2e-2  # in units of the largest output
+
+
+# block_k, stages, consumers, pingpong
+_SIZES = [
+    *itertools.product((64, 128, 192, 256), (2, 3), (2,), (True, False)),
+    *itertools.product((64, 128), (2, 3), (3,), (False,)),
+]
+
+
+def candidates(head_dim: int) -> Iterator[Tiles]:
+    """Tiles that fit the shared memory, and whose accumulators may fit the registers."""
+    for sizes in _SIZES:
+        tiles = Tiles(64, *sizes)
+        accumulators = tiles.block_q * (head_dim + tiles.block_k * 3 // 2) // 128
+        if tiles.fits(head_dim) and accumulators <= tiles.registers[0] + 32:
+            yield tiles
+
+
+def measure(cell: Cell, dtype: jnp.dtype, clock: Clock, say: Callable[[str], None]) -> None:
+    """Compiles, compares and times all of a cell, the fastest first."""
+    q, k, v = (x.astype(dtype) for x in cell.arrays()[:3])
+    programs: dict[str, Callable] = {
+        "cuDNN dot product": jax.jit(dot_product(cell, "cudnn")),
+        "RBF triton": jax.jit(rbf(cell, "triton")),
+    }
+    for tiles in candidates(cell.head_dim):
+        programs[str(tiles)] = _with_tiles(cell, tiles)
+    want = jax.jit(rbf(cell, "xla"))(q[:1], k[:1], v[:1]).astype(jnp.float32)
+    times: dict[str, list[float]] = {}
+    for name, program in programs.items():
+        try:
+            got = jax.block_until_ready(program(q, k, v))[:1].astype(jnp.float32)
+        except Exception as error:  # The others go on.
+            say(f"{name}: {one_line(error)}")
+            continue
+        difference = float(jnp.abs(got - want).max() / jnp.abs(want).max())
+        if name != "cuDNN dot product" and not difference < _LARGEST_DIFFERENCE:
+            say(f"{name}: wrong by {difference:.2g} of the largest output")
+            continue
+        times[name] = []
+    for _ in range(ROUNDS):
+        for name, found in times.items():
+            call = Call(functools.partial(programs[name], q, k, v), jax.block_until_ready)
+            found.append(clock.measure(call, clock.times_for(call, QUEUE_MILLISECONDS)).device)
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    for name, ms in sorted(medians.items(), key=lambda item: item[1]):
+        speed = 1e-9 * cell.operations(backward=False) / ms
+        ratio = medians.get("cuDNN dot product", float("nan")) / ms
+        say(f"{ms:8.3f} ms {speed:5.0f} TFLOP/s {ratio:5.2f} {name}")
+
+
+def _with_tiles(cell: Cell, tiles: Tiles) -> Callable:
+    attend = rbf(cell, "mosaic")
+
+    def call(q, k, v):
+        with override_tiles(tiles):
+            return attend(q, k, v)
+
+    return jax.jit(call)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the program; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="bench_mosaic", description=__doc__.partition("\n")[0])
+    parser.add_argument("--head_dims", type=lengths, default=list(HEAD_DIMS))
+    parser.add_argument("--lengths", type=lengths, default=[4096, 16384])
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    options = parser.parse_args(argv[1:])
+    problem = launch.unavailable()
+    if problem is None and launch.target().compute_capability != 90:
+        problem = "needs compute capability 9.0"
+    if problem is not None:
+        print(f"bench_mosaic {problem}.", file=sys.stderr)
+        return 2
+    clock = Clock()
+    for H, T, causal in itertools.product(options.head_dims, options.lengths, (False, True)):
+        print(f"H {H} T {T} {'causal' if causal else 'full'} {options.dtype}, by {clock.name}")
+        cell = Cell(max(1, TOKENS // T), T, max(1, WIDTH // H), H, causal)
+        measure(cell, jnp.dtype(options.dtype), clock, lambda line: print(line, flush=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
