@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rbf_jax.ops.mosaic import forward
+from rbf_jax.ops import reference
+from rbf_jax.ops.mosaic import attention, forward
 from rbf_jax.ops.mosaic.tiles import Tiles, override_tiles
 from rbf_jax.ops.triton import launch
+from rbf_jax.ops.types import Inputs, Masking, Options
 from tests.ops import adversarial, cases, contract
 from tests.ops.mosaic_interpreter import interpreted
 
@@ -115,3 +117,18 @@ def test_vmap_folds_the_axis_into_the_batch():
         want = attend(*inputs)
         got = jax.vmap(attend)(*[x[:, None] for x in inputs])
     np.testing.assert_array_equal(np.asarray(got[:, 0]), np.asarray(want))
+
+
+@pytest.mark.parametrize("starts", [(70, 5), (-30, -7)])
+@pytest.mark.parametrize("rule", [{"is_causal": True}, {"window": (9, 3)}], ids=str)
+def test_positions_that_are_not_indices(rule, starts):
+    """As ring attention has them."""
+    query, key, value, *_ = cases.case("offset", T=70, S=150, N=1, K=1).arrays(jnp.bfloat16)
+    inputs = Inputs(query, key, value, jnp.full(1, 0.3), jnp.ones(1))
+    masking = Masking(alibi_slopes=jnp.full(1, 0.1), query_offset=jnp.array(starts, jnp.int32))
+    options = Options(return_residual=True, **rule)
+    with override_tiles(TILES):
+        got = attention.attend(inputs, masking, options)
+    for mine, other in zip(got, reference.attend(inputs, masking, options), strict=True):
+        mine, other = (np.asarray(x, np.float32) for x in (mine, other))
+        np.testing.assert_allclose(mine, other, rtol=2e-2, atol=2e-2)
