@@ -85,11 +85,11 @@ def loss(record: Record, which: str = "final") -> np.ndarray:
 
 
 def steps_saved(record: Record, reference: Record) -> Estimate:
-    """How many steps earlier each seed has the reference's final validation loss.
+    """How many steps earlier each seed reaches the worse of the two final validation losses.
 
-    A seed that never has it has lost as many as the reference is earlier at this one's final loss,
-    so that no seed is left out and two records swapped change the sign alone. A diverged seed
-    counts as missing.
+    Both reach it, so that no seed is left out, a record saves nothing against itself even where its
+    curve ends flat, and two records swapped change the sign alone. A diverged seed counts as
+    missing.
     """
     steps = record.valid["step"].astype(np.float64)
     pairs = zip(record.valid["loss"].T, reference.valid["loss"].T)
@@ -97,12 +97,13 @@ def steps_saved(record: Record, reference: Record) -> Estimate:
 
 
 def _steps_saved(steps: np.ndarray, own: np.ndarray, other: np.ndarray) -> float:
-    if not (math.isfinite(own[-1]) and math.isfinite(other[-1])):
+    worse = float(np.maximum(own[-1], other[-1]))  # NaN where either diverged.
+    if not math.isfinite(worse):
         return math.nan
-    if own[-1] > other[-1]:
-        return -_steps_saved(steps, other, own)
-    reached = steps_to_reach(steps, own, float(other[-1]))
-    return float(steps[-1] - reached) if reached is not None else math.nan
+    theirs, mine = (steps_to_reach(steps, losses, worse) for losses in (other, own))
+    if theirs is None or mine is None:
+        return math.nan
+    return theirs - mine
 
 
 def spikes(record: Record) -> np.ndarray:

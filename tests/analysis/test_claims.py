@@ -101,6 +101,7 @@ def test_stability_compares_first_gradients_by_rate(tmp_path):
     for n in compared:
         assert n["log_gradient_less_dot"]["mean"] == pytest.approx(mean)
         assert np.exp(n["log_largest_less_dot"]["mean"]) == pytest.approx(0.5)
+        assert n["log_gradient_less_matched"] == n["log_gradient_less_dot"]
 
 
 def test_times_are_drawn_of_those_that_had_the_machine_alone(tmp_path):
@@ -121,7 +122,7 @@ def test_maps_mark_the_registers(tmp_path):
     made, numbers = claim.draw(list(records.values()))
     maps = [axis for axis in made.axes if axis.images]
     assert len(maps) == 3 * 2 * 2  # models, layers, heads
-    assert all([line.get_xdata()[0] for line in axis.lines] == [0.5] for axis in maps)
+    assert all([line.get_xdata()[0] for line in axis.lines] == [2.5] for axis in maps)
     assert len(numbers) == 3
 
 
@@ -133,7 +134,7 @@ def test_an_origin_sink_is_a_column_of_its_map(tmp_path):
     made, _ = claim.draw(list(records.values()))
     drawn = [axis.images[0].get_array() for axis in made.axes if axis.images]
     of_sink = drawn[4:8]
-    assert all(array.shape[1] == maps.shape[-1] + 1 for array in of_sink)
+    assert all(array.shape[1] == maps.shape[-1] + 3 for array in of_sink)
     np.testing.assert_allclose(of_sink[0][:, 0], 0.5, rtol=1e-6)
 
 

@@ -68,6 +68,13 @@ def test_steps_saved():
     assert paired.steps_saved(slow, lost).missing == 1
 
 
+def test_a_curve_that_ends_flat_saves_nothing_by_a_hair():
+    flat, lower = make_record("flat", CONFIG), make_record("lower", CONFIG)
+    for record, hair in ((flat, 0.0), (lower, 1e-4)):
+        record.valid["loss"][-4:] = record.valid["loss"][-4] - hair
+    assert 0 <= paired.steps_saved(lower, flat).mean < 0.1
+
+
 def test_spikes():
     record = make_record("spike", CONFIG)
     record.train["loss"][100, 2] += 3

@@ -76,7 +76,8 @@ CURVES = {
         },
     }
 }
-STABILITY = {"base": {"log_gradient_less_dot": estimate(-0.5)}, "kind=dot": {}}
+LOWER = {"log_gradient_less_dot": estimate(-0.5), "log_gradient_less_matched": estimate(-0.5)}
+STABILITY = {"base": LOWER, "kind=dot": {}}
 SENSITIVITY = {"RBF": {"best_less_dot": estimate(-0.02)}}
 
 
@@ -142,7 +143,7 @@ def test_positions():
     assert verdict(4, **{"positions__positions=rope__less_susie": estimate(0.0, 0.05)}) == OPEN
 
 
-def early(loss, gradient, matched=None):
+def early(loss, gradient, matched=None, gradient_matched=None):
     against = "loss_curves__differences__base against"
     return verdict(
         5,
@@ -150,6 +151,7 @@ def early(loss, gradient, matched=None):
             f"{against} kind=dot__final_difference": loss,
             f"{against} dot_scale=rbf,kind=dot__final_difference": matched or loss,
             "stability__base__log_gradient_less_dot": gradient,
+            "stability__base__log_gradient_less_matched": gradient_matched or gradient,
         },
     )
 
@@ -157,6 +159,9 @@ def early(loss, gradient, matched=None):
 def test_early_gradients():
     lower, higher, unclear = estimate(-0.5), estimate(0.5), estimate(0.0, 1.0)
     assert early(estimate(-0.02), lower) == HOLDS
+    # By the scale alone.
+    assert early(estimate(-0.02), lower, gradient_matched=unclear) == IN_PART
+    assert early(estimate(0.0, 0.05), lower, gradient_matched=unclear) == OPEN
     assert early(estimate(0.0, 0.05), lower) == IN_PART
     assert early(estimate(-0.02), higher) == IN_PART
     assert early(estimate(-0.02), unclear, matched=estimate(0.0, 0.05)) == OPEN

@@ -234,7 +234,7 @@ def _registers(record: Record) -> str:
     number, init = model["num_registers"], model["register_init"]
     text = "none" if number == 0 else f"{number}, {'zero' if init == 'zero' else 'random'}"
     sink = " + sink" if model["attention"]["origin_sink"] else ""
-    return f"{'' if model['attention']['kind'] == 'rbf' else 'dot: '}{text}{sink}"
+    return f"{'RBF' if model['attention']['kind'] == 'rbf' else 'dot'}: {text}{sink}"
 
 
 def _even_share(record: Record) -> float:

@@ -22,6 +22,8 @@ from rbf_jax.analysis.diagnostics import QUANTILES
 from rbf_jax.analysis.records import Record
 from rbf_jax.analysis.style import MASKED_COLOR, REGISTER_COLOR, WEIGHTS_COLORMAP
 
+_WIDTH = 3
+
 
 @styled
 def attention_maps(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
@@ -33,7 +35,7 @@ def attention_maps(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     models = [
         (the(records, kind="rbf", num_registers=1, register_init="zero", origin_sink=False), "RBF"),
         (the(records, kind="rbf", num_registers=0, origin_sink=True), "RBF, origin sink"),
-        (the(records, kind="dot", positions="rope", register_init="normal"), "dot product"),
+        (the(records, kind="dot", positions="rope", register_init="normal"), "dot product, RoPE"),
     ]
     shown = [(record, name) for record, name in models if record is not None]
     L = shown[0][0].inside["attention_map"].shape[1]
@@ -68,7 +70,10 @@ def _draw_map(axis: Axes, weights: np.ndarray, origin_sink: bool) -> None:
     if origin_sink:
         sink = np.clip(1 - weights.sum(-1, keepdims=True), 0, 1)
         weights = np.concatenate([sink, weights], axis=1)
+    # A register is wide enough to be seen beside the line.
     registers = weights.shape[1] - len(weights)
+    weights = np.repeat(weights, [_WIDTH] * registers + [1] * len(weights), axis=1)
+    registers *= _WIDTH
     future = np.arange(weights.shape[1])[None] - registers > np.arange(len(weights))[:, None]
     axis.set_facecolor(MASKED_COLOR)
     axis.imshow(

@@ -115,21 +115,22 @@ def stability(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
         legend_above(made, axes[0, 0], columns=5)
     for rate in rates:
         group = [r for r in records if _rate(r) == rate]
-        dot = the(group, kind="dot", dot_scale="standard", qk_norm=False)
+        references = {
+            "dot": the(group, kind="dot", dot_scale="standard", qk_norm=False),
+            "matched": the(group, kind="dot", dot_scale="rbf"),
+        }
         for record in group:
             largest = paired.largest_gradient_norm(record)
             numbers[record.name] = {
                 "largest_gradient_norm": paired.as_numbers(paired.estimate(largest)),
-                "largest_logit": _largest(record.inspected["logit_max"]),
+                "largest_logit": _largest(record.inspected["logit_max"][: len(seen)]),
                 "steps": paired.first_steps(record),
             }
-            if dot is not None and kind(record) == "RBF":
-                mean, of_dot = (paired.mean_log_gradient_norm(r) for r in (record, dot))
-                largest_ratio = np.log(largest / paired.largest_gradient_norm(dot))
-                numbers[record.name] |= {
-                    "log_gradient_less_dot": paired.as_numbers(paired.estimate(mean - of_dot)),
-                    "log_largest_less_dot": paired.as_numbers(paired.estimate(largest_ratio)),
-                }
+            if kind(record) != "RBF":
+                continue
+            for name, reference in references.items():
+                if reference is not None:
+                    numbers[record.name] |= _gradients_less(record, reference, name)
     return made, numbers
 
 
@@ -194,6 +195,16 @@ def sensitivity(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
         axis.set(xscale="log", xlabel="learning rate")
     legend_above(made, axes[0, 0], columns=5)
     return made, numbers
+
+
+def _gradients_less(record: Record, reference: Record, name: str) -> dict[str, Any]:
+    """Logarithms of ratios over the first steps: of the mean norm, and of the largest."""
+    mean, other = (paired.mean_log_gradient_norm(r) for r in (record, reference))
+    largest = np.log(paired.largest_gradient_norm(record) / paired.largest_gradient_norm(reference))
+    return {
+        f"log_gradient_less_{name}": paired.as_numbers(paired.estimate(mean - other)),
+        f"log_largest_less_{name}": paired.as_numbers(paired.estimate(largest)),
+    }
 
 
 def _label(record: Record) -> str:

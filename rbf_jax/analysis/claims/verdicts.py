@@ -172,18 +172,19 @@ def _early(curves: Numbers, stability: Numbers) -> tuple[str, str]:
         curves["differences"][f"base against {name}"]
         for name in ("kind=dot", "dot_scale=rbf,kind=dot")
     )
-    ratios = [
-        n["log_gradient_less_dot"] for n in stability.values() if "log_gradient_less_dot" in n
-    ]
+    keys = ("log_gradient_less_dot", "log_gradient_less_matched")
+    ratios = [tuple(n[k] for k in keys) for n in stability.values() if all(k in n for k in keys)]
     if not ratios:
-        raise LookupError("no learning rate at which both were trained")
-    tame = sum(r["high"] < -GRADIENT_MARGIN for r in ratios)
-    wild = sum(r["low"] > GRADIENT_MARGIN for r in ratios)
-    shown = ", ".join(f"{math.exp(r['mean']):.2f}" for r in ratios)
+        raise LookupError("no learning rate at which all three were trained")
+    tame = sum(all(r["high"] < -GRADIENT_MARGIN for r in both) for both in ratios)
+    wild = sum(all(r["low"] > GRADIENT_MARGIN for r in both) for both in ratios)
+    shown, of_matched = (
+        ", ".join(f"{math.exp(r['mean']):.2f}" for r in column) for column in zip(*ratios)
+    )
     text = (
-        f"gradient norm of the first steps over the dot product's, by learning rate: {shown} "
-        f"(clearly {GRADIENT_MARGIN:.0%} below at {tame} of {len(ratios)}, above at {wild}); "
-        f"final loss "
+        f"gradient norm of the first steps over the dot product's, by learning rate: {shown}, "
+        f"over that of RBF's scale {of_matched} (clearly {GRADIENT_MARGIN:.0%} below both at "
+        f"{tame} of {len(ratios)}, above both at {wild}); final loss "
         f"{_signed(usual['final_difference'])} nats against the dot product, steps saved "
         f"{_signed(usual['steps_saved'], 0)}; against the dot product of RBF's scale "
         f"{_signed(matched['final_difference'])}, {_signed(matched['steps_saved'], 0)}"
