@@ -191,8 +191,13 @@ def interpreted():
         # The interpreter's callbacks are ordered, which custom_partitioning does not allow.
         mock.patch.object(attention, "by_batch_and_heads", lambda call, given, *_: call(*given)),
     ):
-        attention._forward_program.clear_cache()
+        _forget()
         try:
             yield
         finally:
-            attention._forward_program.clear_cache()
+            _forget()
+
+
+def _forget() -> None:
+    for program in (attention._forward_program, attention._backward_program):
+        program.clear_cache()

@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernel in programs for CUDA, and what it refuses; a GPU is pretended."""
+"""The Mosaic GPU kernels in programs for CUDA, and what it refuses; a GPU is pretended."""
 
 import functools
 import re
@@ -9,7 +9,7 @@ import pytest
 
 from rbf_jax import rbf_attention
 from rbf_jax.ops.mosaic import attention
-from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, override_tiles
+from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, choose_backward, override_tiles
 from rbf_jax.ops.triton import launch
 
 T, S = 1031, 2053
@@ -67,16 +67,16 @@ def test_override_tiles_is_taken(tiles):
     assert program != _program(lambda *x: _attend(*x), *_shapes())
 
 
-def test_the_backward_pass_is_triton():
-    """It reads what it expects: the logsumexp in base 2, in rows of a multiple of 16."""
+@pytest.mark.parametrize("H", [*HEAD_DIMS, 80])
+def test_backward(H):
+    """The residuals are those of the Triton kernels: rows of a multiple of 16."""
 
     def loss(*x):
-        out, logsumexp = _attend(*x, return_residual=True)
+        out, logsumexp = _attend(*x, return_residual=True, is_causal=True)
         return out.astype(jnp.float32).sum() + logsumexp.sum()
 
-    program = _program(jax.grad(loss, argnums=(0, 1, 2)), *_shapes())
-    assert len(CALL.findall(program)) == 1
-    assert program.count("@triton_kernel_call") == 2
+    program = _program(jax.grad(loss, argnums=(0, 1, 2)), *_shapes(H))
+    assert len(CALL.findall(program)) == 3
     assert f"tensor<{B}x{N}x{-(-T // 16) * 16}xf32>" in program
 
 
@@ -140,6 +140,7 @@ def test_tiles_say_what_is_wrong_with_them(change, requirement):
 @pytest.mark.parametrize("H", HEAD_DIMS)
 def test_chosen_tiles_fit(H):
     assert choose(H).fits(H)
+    assert choose_backward(H).fits(H)
     assert not Tiles(block_k=256, stages=4).fits(H)
 
 

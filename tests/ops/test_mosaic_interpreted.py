@@ -1,4 +1,4 @@
-"""Runs the tests of the Mosaic GPU kernel in a process that has a CPU thread for each warpgroup."""
+"""Runs the tests of the Mosaic GPU kernels in a process that has a CPU thread for each warpgroup."""
 
 from tests.ops import own_process
 
@@ -8,10 +8,10 @@ LIMIT = ["faulthandler_timeout=90", "faulthandler_exit_on_timeout=true"]
 
 
 def test_all_files_are_run():
-    assert own_process.all_files(FOLDER) == {"forward.py"}
+    assert own_process.all_files(FOLDER) == {"kernels.py"}
 
 
-def test_forward():
+def test_kernels():
     # Where XLA has fewer threads than there are warpgroups, they wait for each other for ever.
     environment = {"NPROC": "8", "JAX_PLATFORMS": "cpu"}
-    own_process.run(f"{FOLDER}/forward.py", environment, *[f"--override-ini={x}" for x in LIMIT])
+    own_process.run(f"{FOLDER}/kernels.py", environment, *[f"--override-ini={x}" for x in LIMIT])

@@ -1,10 +1,10 @@
 """RBF attention by Mosaic GPU kernels on Hopper: what surrounds the kernel, and what it supports.
 
-The forward pass is a Mosaic kernel; the backward pass is that of the Triton kernels, which need the
-same residuals. The kernel imports Pallas, so it is imported where it is called.
+The kernels import Pallas, so they are imported where they are called. The residuals are those of
+the Triton kernels.
 
-The kernel runs in Mosaic's interpreter and lowers for compute capability 9.0; it has not been run
-on a GPU yet. So `implementation=None` never takes it.
+The kernels run in Mosaic's interpreter and lower for compute capability 9.0; they have not been run
+on a GPU yet. So `implementation=None` never takes them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, overridden
+from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, choose_backward, overridden
 from rbf_jax.ops.partition import by_batch_and_heads
 from rbf_jax.ops.triton import attention as triton
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.types import Inputs, Masking, Options
-from rbf_jax.ops.vjp import with_custom_vjp
+from rbf_jax.ops.vjp import Gradients, Residuals, with_custom_vjp
 from rbf_jax.ops.vmap import folding_vmap
 
 _LOG2E = 1.4426950408889634
-# Mosaic GPU changes with every version of jax: those that the kernel is written for.
+# Mosaic GPU changes with every version of jax: those that the kernels are written for.
 _JAX_VERSIONS = ("0.10.2", "0.11.2")
 # A TMA load of swizzled tiles needs lengths that are multiples of 8.
 _ALIGNMENT = 8
@@ -67,6 +67,15 @@ class _Full(NamedTuple):
     query_offset: jax.Array | None
 
 
+class _Rows(NamedTuple):
+    """What the backward pass knows of each query."""
+
+    out: jax.Array  # (B, T, N, H)
+    dout: jax.Array
+    logsumexp: jax.Array  # (B, N, T'), as the kernel left it
+    dlogsumexp: jax.Array | None  # (B, T, N)
+
+
 class _Shared(NamedTuple):
     """Arrays whose batch axis may have size 1."""
 
@@ -81,45 +90,94 @@ class _Plan:
 
     options: Options
     tiles: Tiles | None
+    backward_tiles: Tiles | None
 
 
 _ROLES = {
-    **dict.fromkeys(("query", "out"), "b.n."),
+    **dict.fromkeys(("query", "out", "dout"), "b.n."),
     **dict.fromkeys(("key", "value"), "b.k."),
     "key_norms": "b.k",
     **dict.fromkeys(("query_lengths", "key_lengths", "query_offset"), "b"),
     **dict.fromkeys(("gamma", "key_norm_weight", "slopes"), "bn"),
+    **dict.fromkeys(("query_moment", "norm_moment"), "bn"),
     "logsumexp": "bn.",
+    "dlogsumexp": "b.n",
 }
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _forward_program(plan: _Plan, full: _Full, shared: _Shared):
-    return folding_vmap(functools.partial(_on_each_device, plan))(full, shared)
+    def kernels(full, shared):
+        kernel = functools.partial(_forward_kernel, plan)
+        return _on_each_device(kernel, (full, shared), ("out", "logsumexp"))
+
+    return folding_vmap(kernels)(full, shared)
 
 
-def _on_each_device(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.Array]:
-    arguments = (full, shared)
+@functools.partial(jax.jit, static_argnames="plan")
+def _backward_program(plan: _Plan, full: _Full, shared: _Shared, rows: _Rows) -> Gradients:
+    def kernels(full, shared):
+        kernel = functools.partial(_backward_kernels, plan)
+        return _on_each_device(kernel, (*full, shared), Gradients._fields)
+
+    return folding_vmap(kernels)((full, rows), shared)
+
+
+def _on_each_device(kernels, arguments, results):
+    """Calls kernels on named tuples of arrays, split by batch and heads where those are sharded."""
     given = [name for group in arguments for name, x in group._asdict().items() if x is not None]
     return by_batch_and_heads(
-        functools.partial(_forward_kernel, plan),
-        arguments,
-        [_ROLES[x] for x in given],
-        [_ROLES["out"], _ROLES["logsumexp"]],
+        kernels, arguments, [_ROLES[x] for x in given], [_ROLES[x] for x in results]
     )
 
 
 def _forward_kernel(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.Array]:
-    from rbf_jax.ops.mosaic.forward import Rules, forward
+    from rbf_jax.ops.mosaic.forward import forward
 
-    B, T, N, H = full.query.shape
-    S = full.key.shape[1]
+    bounded = full.query.dtype == jnp.bfloat16 and plan.options.static_key_norm_weight is None
+    inputs = _inputs(full, shared)
+    tiles = plan.tiles or choose(inputs[0].shape[-1])
+    rules = _rules(plan, full, shared, online=not bounded)
+    out, logsumexp = forward(*inputs, rules=rules, tiles=tiles)
+    _, T, _, H = full.query.shape
+    return out[:, :T, :, :H], logsumexp
+
+
+def _backward_kernels(plan: _Plan, full: _Full, rows: _Rows, shared: _Shared) -> Gradients:
+    """The gradients; the moments still have a batch axis."""
+    from rbf_jax.ops.mosaic.backward import keys, queries
+
+    _, T, N, H = full.query.shape
+    S, K = full.key.shape[1:3]
+    inputs = _inputs(full, shared)
+    delta = jnp.einsum("btnh,btnh->btn", rows.out, rows.dout, preferred_element_type=jnp.float32)
+    if rows.dlogsumexp is not None:
+        delta -= rows.dlogsumexp
+    delta = delta.swapaxes(1, 2)
+    delta = jnp.pad(delta, [(0, 0), (0, 0), (0, rows.logsumexp.shape[-1] - T)])
+    of_queries = [_padded(rows.dout), rows.logsumexp, delta]
+    rules = _rules(plan, full, shared, online=True)
+    tiles = plan.backward_tiles or choose_backward(inputs[0].shape[-1])
+    dquery, moments = queries(inputs, of_queries, rules=rules, tiles=tiles)
+    dkey, dvalue, column_sums = keys(inputs, of_queries, rules=rules, tiles=tiles)
+    norms = jnp.repeat(full.key_norms.swapaxes(1, 2), N // K, axis=1)
+    return Gradients(
+        dquery[:, :T, :, :H],
+        dkey[:, :S, :, :H],
+        dvalue[:, :S, :, :H],
+        jnp.sum(moments[..., :T], axis=-1),
+        jnp.sum(column_sums[..., :S] * norms, axis=-1),
+    )
+
+
+def _rules(plan: _Plan, full: _Full, shared: _Shared, *, online: bool):
+    from rbf_jax.ops.mosaic.forward import Rules
+
     options = plan.options
     left, right = (None, None) if options.window is None else options.window
-    bounded = full.query.dtype == jnp.bfloat16 and options.static_key_norm_weight is None
-    rules = Rules(
-        num_queries=T,
-        num_keys=S,
+    return Rules(
+        num_queries=full.query.shape[1],
+        num_keys=full.key.shape[1],
         causal=options.is_causal,
         left=left,
         right=right,
@@ -128,25 +186,27 @@ def _forward_kernel(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Arra
         query_lengths=full.query_lengths is not None,
         key_lengths=full.key_lengths is not None,
         offset=full.query_offset is not None,
-        online=not bounded,
+        online=online,
     )
+
+
+def _inputs(full: _Full, shared: _Shared) -> list[jax.Array]:
+    """The arrays that every kernel reads."""
+    B, T, N, _ = full.query.shape
+    S = full.key.shape[1]
     lengths = [
         jnp.full(B, most, jnp.int32) if x is None else x
         for x, most in ((full.query_lengths, T), (full.key_lengths, S), (full.query_offset, 0))
     ]
-    query, key = _padded(full.query), _padded(full.key)
-    norms = full.key_norms.swapaxes(1, 2)
-    out, logsumexp = forward(
-        query,
+    key, norms = _padded(full.key), full.key_norms.swapaxes(1, 2)
+    return [
+        _padded(full.query),
         key,
         _padded(full.value),
         jnp.pad(norms, [(0, 0), (0, 0), (0, key.shape[1] - S)]),
         _numbers_per_head(shared, N),
         jnp.stack(lengths, axis=1),
-        rules=rules,
-        tiles=plan.tiles or choose(query.shape[-1]),
-    )
-    return out[:, :T, :, :H], logsumexp
+    ]
 
 
 def _padded(x: jax.Array) -> jax.Array:
@@ -165,7 +225,7 @@ def _numbers_per_head(shared: _Shared, N: int) -> jax.Array:
     return jnp.float32(_LOG2E) * jnp.stack([jnp.broadcast_to(x, (sets, N)) for x in numbers], 1)
 
 
-def _forward(inputs: Inputs, masking: Masking, options: Options):
+def _plan(options: Options) -> _Plan:
     weight = options.static_key_norm_weight
     needed = Options(
         options.is_causal,
@@ -173,6 +233,10 @@ def _forward(inputs: Inputs, masking: Masking, options: Options):
         options.origin_sink,
         static_key_norm_weight=0.0 if weight is not None and weight <= 0 else None,
     )
+    return _Plan(needed, *overridden())
+
+
+def _split(inputs: Inputs, masking: Masking) -> tuple[_Full, _Shared]:
     full = _Full(
         *inputs[:3],
         inputs.squared_key_norms(),
@@ -181,9 +245,23 @@ def _forward(inputs: Inputs, masking: Masking, options: Options):
         masking.query_offset,
     )
     slopes = None if masking.alibi_slopes is None else masking.alibi_slopes[None]
-    shared = _Shared(inputs.gamma[None], inputs.key_norm_weight[None], slopes)
-    return _forward_program(_Plan(needed, overridden()), full, shared)
+    return full, _Shared(inputs.gamma[None], inputs.key_norm_weight[None], slopes)
 
 
-PASSES = triton.PASSES._replace(forward=_forward)
+def _forward(inputs: Inputs, masking: Masking, options: Options):
+    return _forward_program(_plan(options), *_split(inputs, masking))
+
+
+def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, options: Options):
+    rows = _Rows(
+        residuals.out, dout, residuals.logsumexp, dlogsumexp if options.return_residual else None
+    )
+    full, shared = _split(residuals.inputs, residuals.masking)
+    gradients = _backward_program(_plan(options), full, shared, rows)
+    return gradients._replace(
+        query_moment=gradients.query_moment.sum(0), norm_moment=gradients.norm_moment.sum(0)
+    )
+
+
+PASSES = triton.PASSES._replace(forward=_forward, backward=_backward)
 attend = with_custom_vjp(PASSES)

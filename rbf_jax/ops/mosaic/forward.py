@@ -21,8 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from rbf_jax.ops.mosaic.tiles import Tiles
 from rbf_jax.ops.triton.gate import HEADROOM, LARGEST_REFERENCE, SMALLEST_SUM
 
-_ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a tile of logits
-_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a tile of logits
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,18 +118,13 @@ def forward(
       The output, (B, T, N, H), and the logsumexp in base 2, float32 (B, N, T') with T' the next
       multiple of 16, +∞ where a row may attend to nothing.
     """
-    B, T, N, H = query.shape
+    B, T, N, _ = query.shape
     num_tiles = -(-T // tiles.rows)
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-
-    def vectors(*shape):
-        return plgpu.SMEM((*shape, H), query.dtype, transforms=swizzled)
-
     stages, consumers = tiles.stages, tiles.consumers
     memory = _Memory(
-        query=vectors(consumers, tiles.block_q),
-        key=vectors(stages, tiles.block_k),
-        value=vectors(stages, tiles.block_k),
+        query=swizzled(query, consumers, tiles.block_q),
+        key=swizzled(query, stages, tiles.block_k),
+        value=swizzled(query, stages, tiles.block_k),
         norms=plgpu.SMEM((stages, tiles.block_k), jnp.float32),
         rows=plgpu.SMEM((consumers, tiles.block_q), jnp.float32),
         flags=plgpu.SMEM((consumers,), jnp.int32),
@@ -144,7 +139,7 @@ def forward(
 
     def rbf_attention_forward(*refs):
         arrays, memory = refs[:8], _Memory(*refs[8:])
-        block = _Block(arrays, memory, rules, tiles, num_tiles)
+        block = Block(arrays, memory, rules, tiles, num_tiles)
         pl.when(block.warpgroup < consumers)(block.compute)
         pl.when(block.warpgroup == consumers)(block.load)
 
@@ -164,10 +159,10 @@ def forward(
     return tuple(call(query, key, value, norms, per_head, lengths))
 
 
-class _Block:
+class Block:
     """What a block of threads knows, and what its warpgroups do."""
 
-    def __init__(self, arrays, memory: _Memory, rules: Rules, tiles: Tiles, num_tiles: int):
+    def __init__(self, arrays, memory: Any, rules: Rules, tiles: Tiles, num_tiles: int):
         self.query, self.key, self.value, self.norms, per_head, lengths = arrays[:6]
         self.out, self.logsumexp = arrays[6:]
         self.memory, self.rules, self.tiles = memory, rules, tiles
@@ -207,8 +202,8 @@ class _Block:
             inner_stop = jnp.minimum(inner_stop, first + reach + 1)
         if rules.left is not None:
             start = lax.div(jnp.maximum(first - rules.left, 0), size)
-            inner_start = _blocks_of(jnp.maximum(last - rules.left, 0), size)
-        stop = _blocks_of(jnp.maximum(stop, 0), size)
+            inner_start = blocks_of(jnp.maximum(last - rules.left, 0), size)
+        stop = blocks_of(jnp.maximum(stop, 0), size)
         if rules.query_lengths:
             stop = jnp.where(row < self.query_stop, stop, 0)
         start = jnp.minimum(start, stop)
@@ -240,7 +235,7 @@ class _Block:
             columns = pl.ds((self.blocks.start + step) * size, size)
             tile = (self.batch, columns, self.key_head)
             step += steps_before
-            slot = self._slot(step)
+            slot = self.slot(step)
             full = step >= self.tiles.stages
             pl.when(full)(lambda: self._wait_until_free(memory.key_free, step))
             loaded = memory.key_loaded.at[slot]
@@ -251,11 +246,12 @@ class _Block:
             loaded = memory.value_loaded.at[slot]
             plgpu.copy_gmem_to_smem(self.value.at[tile], memory.value.at[slot], loaded)
 
-    def _slot(self, step: jax.Array) -> jax.Array:
+    def slot(self, step: jax.Array) -> jax.Array:
+        """Where in the ring of tiles the step's are."""
         return lax.rem(step, jnp.int32(self.tiles.stages))
 
     def _wait_until_free(self, barriers, step: jax.Array) -> None:
-        plgpu.barrier_wait(barriers.at[self._slot(step)])
+        plgpu.barrier_wait(barriers.at[self.slot(step)])
 
     def _verdict(self) -> jax.Array:
         """Whether any consumer wants online softmax, when all have decided."""
@@ -311,14 +307,15 @@ class _Block:
         rows = self.memory.rows.at[self.warpgroup]
         rows[...] = numbers
         plgpu.commit_smem()
-        return jnp.max(plgpu.load(rows, (), layout=_COLUMNS), axis=0)
+        return jnp.max(plgpu.load(rows, (), layout=COLUMNS), axis=0)
 
-    def _row_indices(self) -> jax.Array:
-        index = plgpu.broadcasted_iota(jnp.int32, (self.tiles.block_q,), 0, layout=_ROWS)
+    def row_indices(self) -> jax.Array:
+        """Of the queries of the warpgroup's tile."""
+        index = plgpu.broadcasted_iota(jnp.int32, (self.tiles.block_q,), 0, layout=ROWS)
         return index + self.first_row
 
     def _must_redo(self, state: _State, safe: jax.Array) -> jax.Array:
-        inside = self._row_indices() < self.query_stop
+        inside = self.row_indices() < self.query_stop
         enough = jnp.logical_or(state.total >= SMALLEST_SUM, jnp.logical_not(inside))
         infinite = jnp.max(jnp.where(jnp.abs(state.acc) < jnp.inf, 0.0, 1.0), axis=1)
         wrong = jnp.maximum(infinite, jnp.where(enough, 0.0, 1.0))
@@ -332,8 +329,8 @@ class _Block:
         lowest = (0.0 if self.rules.sink else -jnp.inf) if online else 0.0
         state = _State(
             plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA),
-            plgpu.layout_cast(jnp.zeros(shape[:1], jnp.float32), _ROWS),
-            plgpu.layout_cast(jnp.full(shape[:1], lowest, jnp.float32), _ROWS),
+            plgpu.layout_cast(jnp.zeros(shape[:1], jnp.float32), ROWS),
+            plgpu.layout_cast(jnp.full(shape[:1], lowest, jnp.float32), ROWS),
         )
 
         def section(begin, end, state, whole):
@@ -344,20 +341,20 @@ class _Block:
 
         @pl.when(self.steps > 0)
         def _first_key():
-            plgpu.barrier_wait(self.memory.key_loaded.at[self._slot(steps_before)])
+            plgpu.barrier_wait(self.memory.key_loaded.at[self.slot(steps_before)])
 
         if self.tiles.pingpong:
             pl.when(self.warpgroup == 1)(self._hand_over)
         if self.rules.left is not None:
             state = section(start, inner_start, state, False)
         state = section(inner_start, inner_stop, state, True)
-        if self._has_rest():
+        if self.has_rest():
             state = section(inner_stop, stop, state, False)
         if self.tiles.pingpong:
             pl.when(self.warpgroup == 0)(self._hand_over)
         return state
 
-    def _has_rest(self) -> bool:
+    def has_rest(self) -> bool:
         """Whether some of the last blocks may be visited in part."""
         rules = self.rules
         by_rule = rules.causal or rules.right is not None or rules.key_lengths
@@ -371,9 +368,9 @@ class _Block:
         """Adds a block of keys; `whole` promises that every pair is allowed."""
         memory, pingpong = self.memory, self.tiles.pingpong
         step = block - self.blocks.start + steps_before
-        slot = self._slot(step)
+        slot = self.slot(step)
         shape = (self.tiles.block_q, self.tiles.block_k)
-        norms = plgpu.load(memory.norms.at[slot], (), layout=_COLUMNS)
+        norms = plgpu.load(memory.norms.at[slot], (), layout=COLUMNS)
 
         def products(acc):
             key = plgpu.transpose_ref(memory.key.at[slot], (1, 0))
@@ -386,7 +383,7 @@ class _Block:
         plgpu.barrier_arrive(memory.key_free.at[slot])
         scale, weight = self.numbers[0][...], self.numbers[1][...]
         subtract = lax.broadcast_in_dim(norms * weight + reference, shape, [1])
-        logits = self._with_rules(dots * scale - subtract, block, whole)
+        logits = self.with_rules(dots * scale - subtract, block, whole)
         acc, total, maximum = state
         if online:
             new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=1))
@@ -414,13 +411,13 @@ class _Block:
 
             @pl.when(block + 1 < self.blocks.stop)
             def _next_key():
-                plgpu.barrier_wait(memory.key_loaded.at[self._slot(step + 1)])
+                plgpu.barrier_wait(memory.key_loaded.at[self.slot(step + 1)])
 
         acc = pl.run_state(weighted_values)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(memory.value_free.at[slot])
         return _State(acc, total, maximum)
 
-    def _with_rules(self, logits: jax.Array, block: jax.Array, whole: bool) -> jax.Array:
+    def with_rules(self, logits: jax.Array, block: jax.Array, whole: bool) -> jax.Array:
         """Adds ALiBi, and −∞ where a pair is not allowed."""
         rules = self.rules
         if whole and not rules.slopes:
@@ -447,7 +444,7 @@ class _Block:
         """What no key adds: rows beyond their length see nothing, and every row the sink."""
         acc, total, maximum = state
         if self.rules.query_lengths:
-            inside = self._row_indices() < self.query_stop
+            inside = self.row_indices() < self.query_stop
             kept = jnp.where(inside, 1.0, 0.0)
             acc = jnp.where(lax.broadcast_in_dim(kept, acc.shape, [0]) > 0, acc, 0.0)
             total = jnp.where(inside, total, 0.0)
@@ -474,7 +471,14 @@ class _Block:
         plgpu.wait_smem_to_gmem(0)
 
 
-def _blocks_of(length: jax.Array, size: jax.Array) -> jax.Array:
+def swizzled(like: jax.Array, *shape: int) -> Any:
+    """Shared memory for vectors (*shape, H), laid out as wgmma reads it."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM((*shape, like.shape[-1]), like.dtype, transforms=transforms)
+
+
+def blocks_of(length: jax.Array, size: jax.Array) -> jax.Array:
+    """How many blocks of a size hold the length."""
     return lax.div(length + size - 1, size)
 
 

@@ -63,28 +63,39 @@ class Tiles:
         return self.shared_memory(head_dim) + 2048 <= _LARGEST_SHARED_MEMORY
 
 
-_override: list[Tiles] = []
+_override: list[tuple[Tiles | None, Tiles | None]] = [(None, None)]
 
 
 @contextlib.contextmanager
-def override_tiles(tiles: Tiles) -> Iterator[None]:
-    """Within it, the kernels of programs that are traced have these tiles."""
-    _override.append(tiles)
+def override_tiles(forward: Tiles | None = None, backward: Tiles | None = None) -> Iterator[None]:
+    """Within it, the kernels of programs that are traced have these tiles; None: as before."""
+    old_forward, old_backward = _override[-1]
+    _override.append((forward or old_forward, backward or old_backward))
     try:
         yield
     finally:
         _override.pop()
 
 
-def overridden() -> Tiles | None:
-    """The tiles of the innermost `override_tiles`, if any."""
-    return _override[-1] if _override else None
+def overridden() -> tuple[Tiles | None, Tiles | None]:
+    """The tiles of the forward and of the backward pass by `override_tiles`, if any."""
+    return _override[-1]
 
 
 def choose(head_dim: int) -> Tiles:
-    """A first guess, those of jax's example: no sizes have been measured yet.
+    """For the forward pass: a first guess, as in jax's example; no sizes have been measured yet.
 
     Args:
       head_dim: one of `HEAD_DIMS`.
     """
     return Tiles(block_k=128 if head_dim <= 128 else 64)
+
+
+def choose_backward(head_dim: int) -> Tiles:
+    """For the backward pass, likewise.
+
+    Args:
+      head_dim: one of `HEAD_DIMS`.
+    """
+    consumers = 2 if head_dim <= 128 else 1
+    return Tiles(block_k=64, consumers=consumers, pingpong=False)

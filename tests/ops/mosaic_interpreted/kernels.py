@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernel by Pallas's interpreter, on the CPU: what it computes, and its barriers.
+"""The Mosaic GPU kernels by Pallas's interpreter, on the CPU: what it computes, and its barriers.
 
 What only a GPU can tell: whether the programs compile there, how fast they are, and whether memory
 that is read and written asynchronously is so in the right order.
@@ -22,17 +22,18 @@ from tests.ops.mosaic_interpreter import interpreted
 
 TILES = Tiles(block_k=64)
 ADVERSARIAL = {case.name: case for case in adversarial.CASES}
-CASES = [
-    ("full", "bfloat16", TILES),
-    ("full", "float16", TILES),
+FORWARD = [
     ("prime_lengths", "bfloat16", TILES),
     ("causal_more_queries", "bfloat16", Tiles(block_k=64, consumers=3, pingpong=False)),
-    ("multi_query", "bfloat16", TILES),
-    ("window_two_sided", "bfloat16", Tiles(block_k=64, consumers=1, pingpong=False)),
-    ("lengths", "float16", TILES),
-    ("alibi", "bfloat16", TILES),
     ("sink", "bfloat16", TILES),
 ]
+GRADIENTS = [
+    ("multi_query", "bfloat16", Tiles(block_k=64, consumers=1, pingpong=False)),
+    ("window_two_sided", "bfloat16", TILES),
+    ("lengths", "float16", TILES),
+    ("alibi", "bfloat16", TILES),
+]
+STEPS = cases.case("steps", T=130, S=300, B=1, N=1, K=1)
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +44,8 @@ def _interpreter(monkeypatch):
         yield
 
 
-def _violations(case, dtype="bfloat16", tiles=TILES):
-    """Of the output and the logsumexp: the gradients, which are Triton's, are the expected ones."""
+def _forward_violations(case, dtype="bfloat16", tiles=TILES):
+    """Of the output and the logsumexp: the gradients are the expected ones, and take no time."""
     gradients = contract.expected(case, dtype, True, 0)[0][2:]
 
     def make(subject, static, gamma):
@@ -60,28 +61,37 @@ def _violations(case, dtype="bfloat16", tiles=TILES):
         return contract.violations(contract.MOSAIC, case, dtype, make=make)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "tiles"), CASES, ids=[f"{name}-{dtype}" for name, dtype, _ in CASES]
-)
+def _ids(runs):
+    return [f"{name}-{dtype}" for name, dtype, _ in runs]
+
+
+@pytest.mark.parametrize(("name", "dtype", "tiles"), FORWARD, ids=_ids(FORWARD))
 def test_values(name, dtype, tiles):
-    assert not _violations(cases.BY_NAME[name], dtype, tiles)
+    assert not _forward_violations(cases.BY_NAME[name], dtype, tiles)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_more_steps_than_stages(dtype):
-    assert not _violations(cases.case("steps", T=130, S=300, B=1, N=1, K=1, is_causal=False), dtype)
+@pytest.mark.parametrize(("name", "dtype", "tiles"), GRADIENTS, ids=_ids(GRADIENTS))
+def test_values_and_gradients(name, dtype, tiles):
+    with override_tiles(tiles):
+        assert not contract.violations(contract.MOSAIC, cases.BY_NAME[name], dtype)
+
+
+def test_more_steps_than_stages():
+    with override_tiles(TILES):
+        assert not contract.violations(contract.MOSAIC, STEPS, "bfloat16")
+    assert not _forward_violations(STEPS, "float16")
 
 
 def test_larger_heads():
     case = dataclasses.replace(cases.BY_NAME["grouped"], B=1, H=128, T=70, S=70)
-    assert not _violations(case, tiles=Tiles(block_k=128))
+    assert not _forward_violations(case, tiles=Tiles(block_k=128))
 
 
 @pytest.mark.parametrize(
     "name", ["far_keys", "one_near_key_causal", "tiny_weight", "huge_values", "queries_beyond"]
 )
 def test_gate(name):
-    assert not _violations(ADVERSARIAL[name])
+    assert not _forward_violations(ADVERSARIAL[name])
 
 
 def _second_tile_far(query, key):
@@ -91,15 +101,15 @@ def _second_tile_far(query, key):
 def test_gate_of_one_warpgroup():
     """All of the block go over the keys again, in as many steps."""
     shape = {"T": 128, "S": 300, "N": 1, "K": 1}
-    assert not _violations(adversarial.case("one", "some", _second_tile_far, **shape))
+    assert not _forward_violations(adversarial.case("one", "some", _second_tile_far, **shape))
 
 
 def test_gate_forced_on_every_tile(monkeypatch):
     monkeypatch.setattr(forward, "SMALLEST_SUM", 3e38)
     seen = []
-    attend = forward._Block._attend
-    monkeypatch.setattr(forward._Block, "_attend", lambda *x: seen.append(x[-1]) or attend(*x))
-    assert not _violations(ADVERSARIAL["sink"])
+    attend = forward.Block._attend
+    monkeypatch.setattr(forward.Block, "_attend", lambda *x: seen.append(x[-1]) or attend(*x))
+    assert not _forward_violations(ADVERSARIAL["sink"])
     assert seen == [False, True]
 
 
@@ -107,7 +117,7 @@ def test_gate_forced_on_every_tile(monkeypatch):
 def test_without_the_gate_it_is_wrong(name, monkeypatch):
     monkeypatch.setattr(forward, "SMALLEST_SUM", 0.0)
     monkeypatch.setattr(forward, "LARGEST_REFERENCE", np.inf)
-    assert _violations(ADVERSARIAL[name])
+    assert _forward_violations(ADVERSARIAL[name])
 
 
 def test_vmap_folds_the_axis_into_the_batch():
@@ -119,16 +129,26 @@ def test_vmap_folds_the_axis_into_the_batch():
     np.testing.assert_array_equal(np.asarray(got[:, 0]), np.asarray(want))
 
 
-@pytest.mark.parametrize("starts", [(70, 5), (-30, -7)])
-@pytest.mark.parametrize("rule", [{"is_causal": True}, {"window": (9, 3)}], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "starts"), [({"is_causal": True}, (70, 5)), ({"window": (9, 3)}, (-30, -7))], ids=str
+)
 def test_positions_that_are_not_indices(rule, starts):
     """As ring attention has them."""
-    query, key, value, *_ = cases.case("offset", T=70, S=150, N=1, K=1).arrays(jnp.bfloat16)
-    inputs = Inputs(query, key, value, jnp.full(1, 0.3), jnp.ones(1))
+    query, key, value, _, _, dout, dlogsumexp = cases.case("offset", T=70, S=150, N=1, K=1).arrays(
+        jnp.bfloat16
+    )
     masking = Masking(alibi_slopes=jnp.full(1, 0.1), query_offset=jnp.array(starts, jnp.int32))
     options = Options(return_residual=True, **rule)
+
+    def results(attend):
+        def call(*x):
+            return attend(Inputs(*x, jnp.full(1, 0.3), jnp.ones(1)), masking, options)
+
+        results, vjp = jax.vjp(call, query, key, value)
+        return *results, *vjp((dout, dlogsumexp))
+
     with override_tiles(TILES):
-        got = attention.attend(inputs, masking, options)
-    for mine, other in zip(got, reference.attend(inputs, masking, options), strict=True):
+        got = results(attention.attend)
+    for mine, other in zip(got, results(reference.attend), strict=True):
         mine, other = (np.asarray(x, np.float32) for x in (mine, other))
-        np.testing.assert_allclose(mine, other, rtol=2e-2, atol=2e-2)
+        np.testing.assert_allclose(mine, other, rtol=3e-2, atol=3e-2)
