@@ -1,4 +1,4 @@
-"""Runs the tests of the Mosaic GPU kernels in a process that has a CPU thread for each warpgroup."""
+"""Runs the tests of the Mosaic GPU kernels in a process with a CPU thread for each warpgroup."""
 
 from tests.ops import own_process
 
