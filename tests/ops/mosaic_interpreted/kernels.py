@@ -30,9 +30,16 @@ FORWARD = [
 GRADIENTS = [
     ("multi_query", "bfloat16", Tiles(block_k=64, consumers=1, pingpong=False)),
     ("window_two_sided", "bfloat16", TILES),
-    ("lengths", "float16", TILES),
+    ("lengths_and_sink", "float16", TILES),
     ("alibi", "bfloat16", TILES),
 ]
+LENGTHS_AND_SINK = cases.case(
+    "lengths_and_sink",
+    origin_sink=True,
+    query_seq_lengths=lambda *_: np.array([7, 33], np.int32),
+    key_value_seq_lengths=lambda *_: np.array([33, 11], np.int32),
+)
+BY_NAME = {**cases.BY_NAME, LENGTHS_AND_SINK.name: LENGTHS_AND_SINK}
 STEPS = cases.case("steps", T=130, S=300, B=1, N=1, K=1)
 
 
@@ -67,13 +74,13 @@ def _ids(runs):
 
 @pytest.mark.parametrize(("name", "dtype", "tiles"), FORWARD, ids=_ids(FORWARD))
 def test_values(name, dtype, tiles):
-    assert not _forward_violations(cases.BY_NAME[name], dtype, tiles)
+    assert not _forward_violations(BY_NAME[name], dtype, tiles)
 
 
 @pytest.mark.parametrize(("name", "dtype", "tiles"), GRADIENTS, ids=_ids(GRADIENTS))
 def test_values_and_gradients(name, dtype, tiles):
     with override_tiles(tiles):
-        assert not contract.violations(contract.MOSAIC, cases.BY_NAME[name], dtype)
+        assert not contract.violations(contract.MOSAIC, BY_NAME[name], dtype)
 
 
 def test_more_steps_than_stages():
