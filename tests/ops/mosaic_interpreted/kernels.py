@@ -23,9 +23,7 @@ from tests.ops.mosaic_interpreter import interpreted
 TILES = Tiles(block_k=64)
 ADVERSARIAL = {case.name: case for case in adversarial.CASES}
 FORWARD = [
-    ("prime_lengths", "bfloat16", TILES),
     ("causal_more_queries", "bfloat16", Tiles(block_k=64, consumers=3, pingpong=False)),
-    ("sink", "bfloat16", TILES),
 ]
 GRADIENTS = [
     ("multi_query", "bfloat16", Tiles(block_k=64, consumers=1, pingpong=False)),
@@ -137,11 +135,11 @@ def test_vmap_folds_the_axis_into_the_batch():
 
 
 @pytest.mark.parametrize(
-    ("rule", "starts"), [({"is_causal": True}, (70, 5)), ({"window": (9, 3)}, (-30, -7))], ids=str
+    ("rule", "starts"), [({"is_causal": True}, (50, 5)), ({"window": (9, 3)}, (-30, -7))], ids=str
 )
 def test_positions_that_are_not_indices(rule, starts):
     """As ring attention has them."""
-    query, key, value, _, _, dout, dlogsumexp = cases.case("offset", T=70, S=150, N=1, K=1).arrays(
+    query, key, value, _, _, dout, dlogsumexp = cases.case("offset", T=40, S=90, N=1, K=1).arrays(
         jnp.bfloat16
     )
     masking = Masking(alibi_slopes=jnp.full(1, 0.1), query_offset=jnp.array(starts, jnp.int32))
