@@ -97,7 +97,7 @@ def test_order_of_programs(name, heads_at_once):
 SIZES = st.sampled_from([(16, 16), (16, 32), (32, 16)])
 
 
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @hypothesis.given(case=drawn_case(), blocks=SIZES, dtype=st.sampled_from(["float32", "bfloat16"]))
 def test_any_shapes_and_options(case, blocks, dtype):
     with tiles(*blocks):
