@@ -67,15 +67,6 @@ class _Full(NamedTuple):
     query_offset: jax.Array | None
 
 
-class _Rows(NamedTuple):
-    """What the backward pass knows of each query."""
-
-    out: jax.Array  # (B, T, N, H)
-    dout: jax.Array
-    logsumexp: jax.Array  # (B, N, T'), as the kernel left it
-    dlogsumexp: jax.Array | None  # (B, T, N)
-
-
 class _Shared(NamedTuple):
     """Arrays whose batch axis may have size 1."""
 
@@ -115,7 +106,7 @@ def _forward_program(plan: _Plan, full: _Full, shared: _Shared):
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _backward_program(plan: _Plan, full: _Full, shared: _Shared, rows: _Rows) -> Gradients:
+def _backward_program(plan: _Plan, full: _Full, shared: _Shared, rows: triton.Rows) -> Gradients:
     def kernels(full, shared):
         kernel = functools.partial(_backward_kernels, plan)
         return _on_each_device(kernel, (*full, shared), Gradients._fields)
@@ -143,7 +134,7 @@ def _forward_kernel(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Arra
     return out[:, :T, :, :H], logsumexp
 
 
-def _backward_kernels(plan: _Plan, full: _Full, rows: _Rows, shared: _Shared) -> Gradients:
+def _backward_kernels(plan: _Plan, full: _Full, rows: triton.Rows, shared: _Shared) -> Gradients:
     """The gradients; the moments still have a batch axis."""
     from rbf_jax.ops.mosaic.backward import keys, queries
 
@@ -253,7 +244,7 @@ def _forward(inputs: Inputs, masking: Masking, options: Options):
 
 
 def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, options: Options):
-    rows = _Rows(
+    rows = triton.Rows(
         residuals.out, dout, residuals.logsumexp, dlogsumexp if options.return_residual else None
     )
     full, shared = _split(residuals.inputs, residuals.masking)

@@ -16,7 +16,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rbf_jax.ops.mosaic.forward import COLUMNS, ROWS, Block, Rules, blocks_of, swizzled
+from rbf_jax.ops.mosaic.forward import (
+    COLUMNS,
+    ROWS,
+    Block,
+    Rules,
+    blocks_of,
+    extent,
+    kernel,
+    near_enough,
+    swizzled,
+)
 from rbf_jax.ops.mosaic.tiles import Tiles
 
 _LN2 = 0.6931471805599453
@@ -76,19 +86,11 @@ def queries(
         pl.when(block.warpgroup < consumers)(lambda: block.differentiate(refs[6:9]))
         pl.when(block.warpgroup == consumers)(block.load)
 
-    call = plgpu.kernel(
-        rbf_attention_queries,
-        out_type=[
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct(logsumexp.shape, jnp.float32),
-        ],
-        scratch_types=list(memory),
-        grid=(N, num_tiles, B),
-        grid_names=("heads", "tiles", "batch"),
-        num_threads=consumers + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
+    results = [
+        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        jax.ShapeDtypeStruct(logsumexp.shape, jnp.float32),
+    ]
+    call = kernel(rbf_attention_queries, results, memory, (N, num_tiles, B), consumers)
     return tuple(call(*inputs, *rows))
 
 
@@ -225,20 +227,13 @@ def keys(
         pl.when(block.warpgroup < consumers)(block.differentiate)
         pl.when(block.warpgroup == consumers)(block.load)
 
-    call = plgpu.kernel(
-        rbf_attention_keys,
-        out_type=[
-            jax.ShapeDtypeStruct(key.shape, key.dtype),
-            jax.ShapeDtypeStruct(key.shape, key.dtype),
-            jax.ShapeDtypeStruct((B, N, -(-S // 16) * 16), jnp.float32),
-        ],
-        scratch_types=list(memory),
-        grid=(K, -(-S // (tiles.block_k * consumers)), B),
-        grid_names=("heads", "tiles", "batch"),
-        num_threads=consumers + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
+    results = [
+        jax.ShapeDtypeStruct(key.shape, key.dtype),
+        jax.ShapeDtypeStruct(key.shape, key.dtype),
+        jax.ShapeDtypeStruct((B, N, -(-S // 16) * 16), jnp.float32),
+    ]
+    grid = (K, -(-S // (tiles.block_k * consumers)), B)
+    call = kernel(rbf_attention_keys, results, memory, grid, consumers)
     return tuple(call(*inputs, *rows))
 
 
@@ -255,12 +250,7 @@ class _KeysBlock:
         self.batch, self.key_head = lax.axis_index("batch"), lax.axis_index("heads")
         first = lax.axis_index("tiles") * (tiles.block_k * tiles.consumers)
         self.first_column = first + self.warpgroup * tiles.block_k
-        self.query_stop, self.key_stop = jnp.int32(rules.num_queries), jnp.int32(rules.num_keys)
-        if rules.query_lengths:
-            self.query_stop = lengths[self.batch, 0]
-        if rules.key_lengths:
-            self.key_stop = lengths[self.batch, 1]
-        self.offset = lengths[self.batch, 2] if rules.offset else jnp.int32(0)
+        self.query_stop, self.key_stop, self.offset = extent(rules, lengths, self.batch)
         self.set = self.batch if self.per_head.shape[0] > 1 else 0
         self.start, self.stop = self._visited(first)
         self.steps = self.stop - self.start
@@ -407,10 +397,4 @@ class _KeysBlock:
         if rules.slopes:
             slope = self.per_head[self.set, 2, head]
             logits -= jnp.abs(rows - columns).astype(jnp.float32) * slope
-        if rules.causal:
-            allowed &= columns <= rows
-        if rules.left is not None:
-            allowed &= columns >= rows - rules.left
-        if rules.right is not None:
-            allowed &= columns <= rows + rules.right
-        return jnp.where(allowed, logits, -jnp.inf)
+        return jnp.where(near_enough(rules, allowed, rows, columns), logits, -jnp.inf)

@@ -143,20 +143,26 @@ def forward(
         pl.when(block.warpgroup < consumers)(block.compute)
         pl.when(block.warpgroup == consumers)(block.load)
 
-    call = plgpu.kernel(
-        rbf_attention_forward,
-        out_type=[
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct((B, N, -(-T // 16) * 16), jnp.float32),
-        ],
+    results = [
+        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        jax.ShapeDtypeStruct((B, N, -(-T // 16) * 16), jnp.float32),
+    ]
+    call = kernel(rbf_attention_forward, results, memory, (N, num_tiles, B), consumers)
+    return tuple(call(query, key, value, norms, per_head, lengths))
+
+
+def kernel(body, results, memory: NamedTuple, grid: tuple[int, int, int], consumers: int):
+    """A kernel of blocks by heads, tiles and batch, each of `consumers` warpgroups and one more."""
+    return plgpu.kernel(
+        body,
+        out_type=results,
         scratch_types=list(memory),
-        grid=(N, num_tiles, B),
+        grid=grid,
         grid_names=("heads", "tiles", "batch"),
         num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    return tuple(call(query, key, value, norms, per_head, lengths))
 
 
 class Block:
@@ -176,12 +182,7 @@ class Block:
             tile = num_tiles - 1 - tile
         first = tile * tiles.rows
         self.first_row = first + self.warpgroup * tiles.block_q
-        self.query_stop, self.key_stop = jnp.int32(rules.num_queries), jnp.int32(rules.num_keys)
-        if rules.query_lengths:
-            self.query_stop = lengths[self.batch, 0]
-        if rules.key_lengths:
-            self.key_stop = lengths[self.batch, 1]
-        self.offset = lengths[self.batch, 2] if rules.offset else jnp.int32(0)
+        self.query_stop, self.key_stop, self.offset = extent(rules, lengths, self.batch)
         self.blocks = self._visited(first)
         self.steps = self.blocks.stop - self.blocks.start
         batch = self.batch if per_head.shape[0] > 1 else 0
@@ -431,13 +432,7 @@ class Block:
             logits -= jnp.abs(rows - columns).astype(jnp.float32) * self.numbers[2][...]
         if whole:
             return logits
-        allowed = columns < self.key_stop
-        if rules.causal:
-            allowed &= columns <= rows
-        if rules.left is not None:
-            allowed &= columns >= rows - rules.left
-        if rules.right is not None:
-            allowed &= columns <= rows + rules.right
+        allowed = near_enough(rules, columns < self.key_stop, rows, columns)
         return jnp.where(allowed, logits, -jnp.inf)
 
     def _whole_rows(self, state: _State, reference: jax.Array) -> _State:
@@ -475,6 +470,26 @@ def swizzled(like: jax.Array, *shape: int) -> Any:
     """Shared memory for vectors (*shape, H), laid out as wgmma reads it."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM((*shape, like.shape[-1]), like.dtype, transforms=transforms)
+
+
+def extent(rules: Rules, lengths, batch: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where queries and keys of an element of the batch end, and the position of query 0."""
+    return (
+        lengths[batch, 0] if rules.query_lengths else jnp.int32(rules.num_queries),
+        lengths[batch, 1] if rules.key_lengths else jnp.int32(rules.num_keys),
+        lengths[batch, 2] if rules.offset else jnp.int32(0),
+    )
+
+
+def near_enough(rules: Rules, allowed: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Those of the allowed pairs that causality and the window allow, by position."""
+    if rules.causal:
+        allowed &= columns <= rows
+    if rules.left is not None:
+        allowed &= columns >= rows - rules.left
+    if rules.right is not None:
+        allowed &= columns <= rows + rules.right
+    return allowed
 
 
 def blocks_of(length: jax.Array, size: jax.Array) -> jax.Array:

@@ -23,7 +23,6 @@ from rbf_jax.ops.vmap import folding_vmap
 
 _LOG2E = 1.4426950408889634
 _LN2 = 0.6931471805599453
-_LARGEST_HEAD_DIM = 256
 # Rows of numbers, one per query or key, are multiples of this long (`common.ALIGNMENT`).
 _ALIGNMENT = 16
 # Programs that look for tiles which the gate must do again.
@@ -33,15 +32,7 @@ _GATE_PROGRAMS = 512
 def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | None:
     """Returns why this call cannot be done here, as the rest of a sentence, or None if it can."""
     del masking, options
-    reason = launch.unavailable()
-    if reason is not None:
-        return reason
-    if inputs.query.dtype == jnp.float64:
-        return "supports float32, bfloat16 and float16, not float64"
-    H = inputs.query.shape[-1]
-    if H > _LARGEST_HEAD_DIM:
-        return f"supports head dimensions up to {_LARGEST_HEAD_DIM}, not {H}"
-    return None
+    return launch.unsupported(inputs.query)
 
 
 class _Full(NamedTuple):
@@ -67,7 +58,7 @@ class _Shared(NamedTuple):
     mask: jax.Array | None
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """What the backward pass knows of each query."""
 
     out: jax.Array  # (B, T, N, H)
@@ -300,7 +291,7 @@ def _forward_pass(call: _Call) -> tuple[jax.Array, jax.Array]:
     return out, logsumexp
 
 
-def _backward_kernels(plan: _Plan, full: _Full, shared: _Shared, given: _Rows) -> Gradients:
+def _backward_kernels(plan: _Plan, full: _Full, shared: _Shared, given: Rows) -> Gradients:
     """The gradients; the moments still have a batch axis."""
 
     def kernels(full, given, shared):
@@ -315,7 +306,7 @@ def _backward_kernels(plan: _Plan, full: _Full, shared: _Shared, given: _Rows) -
     return _on_each_device(kernels, (full, given, shared), Gradients._fields)
 
 
-def _queries_pass(call: _Call, given: _Rows) -> list[jax.Array]:
+def _queries_pass(call: _Call, given: Rows) -> list[jax.Array]:
     """The gradient of the queries, δ as the next pass reads it, and q·dq."""
     from rbf_jax.ops.triton import backward
 
@@ -338,7 +329,7 @@ def _queries_pass(call: _Call, given: _Rows) -> list[jax.Array]:
     )
 
 
-def _keys_pass(call: _Call, given: _Rows, delta: jax.Array) -> list[jax.Array]:
+def _keys_pass(call: _Call, given: Rows, delta: jax.Array) -> list[jax.Array]:
     """The gradients of keys and values, and Σ_i dS_ij."""
     from rbf_jax.ops.triton import backward
 
@@ -374,12 +365,12 @@ def one_pass(
     call = _Call(_plan(options), *_split(inputs, Masking()))
     if name == "forward":
         return _forward_pass(call)
-    given = _Rows(out, dout, logsumexp, None)
+    given = Rows(out, dout, logsumexp, None)
     return _queries_pass(call, given) if name == "queries" else _keys_pass(call, given, delta)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _backward_program(plan: _Plan, full: _Full, shared: _Shared, rows: _Rows) -> Gradients:
+def _backward_program(plan: _Plan, full: _Full, shared: _Shared, rows: Rows) -> Gradients:
     def kernels(full, shared):
         full, rows = full
         return _backward_kernels(plan, full, shared, rows)
@@ -394,7 +385,7 @@ def _forward(inputs: Inputs, masking: Masking, options: Options):
 def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, options: Options):
     plan = _plan(options)
     full, shared = _split(residuals.inputs, residuals.masking)
-    rows = _Rows(
+    rows = Rows(
         residuals.out, dout, residuals.logsumexp, dlogsumexp if options.return_residual else None
     )
     gradients = _backward_program(plan, full, shared, rows)

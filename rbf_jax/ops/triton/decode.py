@@ -21,7 +21,6 @@ from rbf_jax.ops.triton import launch
 from rbf_jax.ops.triton.tiles import Tiles, padded_head_dim, shared_memory_limit
 from rbf_jax.ops.vmap import folding_vmap
 
-_LARGEST_HEAD_DIM = 256
 # Of the queries of a program; with more it runs out of registers.
 _LARGEST_QUERY_BYTES = 2**14
 # A program has at most so many keys, since rows may be of different lengths.
@@ -124,14 +123,10 @@ def _num_splits(programs: int, visible: int, block_k: int, slots: int) -> int:
 def unsupported(call: Call, options: Options) -> str | None:
     """Returns why this call cannot be done here, as the rest of a sentence, or None if it can."""
     del options
-    reason = launch.unavailable()
+    reason = launch.unsupported(call.query)
     if reason is not None:
         return reason
-    if call.query.dtype == jnp.float64:
-        return "supports float32, bfloat16 and float16, not float64"
     H, S = call.query.shape[3], call.cache.key.shape[2]
-    if H > _LARGEST_HEAD_DIM:
-        return f"supports head dimensions up to {_LARGEST_HEAD_DIM}, not {H}"
     if S * H >= 2**31:
         return f"supports less than 2³¹ numbers in the keys of a head, not {S} × {H}"
     return None

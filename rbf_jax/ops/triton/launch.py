@@ -13,11 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import extend as jex
 from jax.interpreters import mlir, xla
 
 from rbf_jax.ops.triton.tiles import Tiles
 from rbf_jax.ops.varying import vary_like
+
+_LARGEST_HEAD_DIM = 256
 
 
 class Target(NamedTuple):
@@ -45,6 +48,18 @@ def unavailable() -> str | None:
         _jax_triton()
     except ImportError as error:
         return f"needs the package jax-triton (the extra 'cuda' of rbf-jax): {error}"
+    return None
+
+
+def unsupported(query: jax.Array) -> str | None:
+    """`unavailable`, or why no kernel takes such queries (..., H)."""
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    if query.dtype == jnp.float64:
+        return "supports float32, bfloat16 and float16, not float64"
+    if query.shape[-1] > _LARGEST_HEAD_DIM:
+        return f"supports head dimensions up to {_LARGEST_HEAD_DIM}, not {query.shape[-1]}"
     return None
 
 
