@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -130,6 +132,12 @@ def largest_gradient_norm(record: Record) -> np.ndarray:
 def mean_log_gradient_norm(record: Record) -> np.ndarray:
     """(n,) the mean over the first steps of the logarithm of the gradient norm, before clipping."""
     return np.log(record.train["grad_norm"][: first_steps(record)]).mean(0)
+
+
+def interval(value: Mapping[str, Any], digits: int) -> str:
+    """The mean and the interval of `as_numbers`, with signs."""
+    mean, low, high = (f"{value[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def as_numbers(value: Estimate) -> dict[str, float | int]:

@@ -116,6 +116,20 @@ def _segments(length_axis):
 
 
 SEGMENTS = {"query_segment_ids": _segments("T"), "key_value_segment_ids": _segments("S")}
+# All options at once, but for those that exclude each other.
+EVERYTHING = {
+    "T": 40,
+    "S": 52,
+    "N": 4,
+    "per_head": True,
+    "is_causal": True,
+    "local_window_size": (20, 0),
+    "mask": mask_over("B", "T", "S"),
+    "alibi_slopes": lambda B, N, *_: 0.1 * np.arange(N),
+    "query_seq_lengths": lambda *_: np.array([40, 31], np.int32),
+    "key_value_seq_lengths": lambda *_: np.array([29, 52], np.int32),
+    **SEGMENTS,
+}
 
 CASES = [
     case("full", T=17, S=23),
@@ -164,18 +178,8 @@ CASES = [
     case(
         "everything",
         ["array_gamma", "mask", "segments", "lengths", "alibi", "sink"],
-        T=40,
-        S=52,
-        N=4,
-        per_head=True,
-        is_causal=True,
-        local_window_size=(20, 0),
         origin_sink=True,
-        mask=mask_over("B", "T", "S"),
-        alibi_slopes=lambda B, N, *_: 0.1 * np.arange(N),
-        query_seq_lengths=lambda *_: np.array([40, 31], np.int32),
-        key_value_seq_lengths=lambda *_: np.array([29, 52], np.int32),
-        **SEGMENTS,
+        **EVERYTHING,
     ),
     case(
         "unnormalized",
@@ -194,18 +198,8 @@ CASES = [
     case(
         "unnormalized_everything",
         ["unnormalized", "array_gamma", "mask", "segments", "lengths", "alibi"],
-        T=40,
-        S=52,
-        N=4,
-        per_head=True,
-        is_causal=True,
-        local_window_size=(20, 0),
         normalize=False,
-        mask=mask_over("B", "T", "S"),
-        alibi_slopes=lambda B, N, *_: 0.1 * np.arange(N),
-        query_seq_lengths=lambda *_: np.array([40, 31], np.int32),
-        key_value_seq_lengths=lambda *_: np.array([29, 52], np.int32),
-        **SEGMENTS,
+        **EVERYTHING,
     ),
     case("unnormalized_far_keys", ["unnormalized", "array_gamma"], offset=60.0, normalize=False),
     # Every weight exp(−γ‖q−k‖²) underflows float32 unless the row is measured from its maximum.

@@ -242,10 +242,7 @@ def difference_table(curves: Mapping[str, Any]) -> str:
     ]
 
     def cell(value: Mapping[str, Any], digits: int) -> str:
-        if not value["n"]:
-            return "diverged"
-        mean, low, high = (f"{value[key]:+.{digits}f}" for key in ("mean", "low", "high"))
-        return f"{mean} [{low}, {high}]"
+        return paired.interval(value, digits) if value["n"] else "diverged"
 
     for numbers in curves["differences"].values():
         final, best = (cell(numbers[f"{which}_difference"], 3) for which in ("final", "best"))

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rbf_jax.analysis import paired
+
 HOLDS, IN_PART, NOT, OPEN = "holds", "holds in part", "does not hold", "not decided"
 MARGIN = 0.01
 # Of the logarithm of a ratio of gradient norms.
@@ -268,8 +270,7 @@ def _signed(value: Numbers, digits: int = 4) -> str:
     """A mean and its interval."""
     if not value["n"]:
         raise LookupError("all seeds diverged")
-    mean, low, high = (f"{value[key]:+.{digits}f}" for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    return paired.interval(value, digits)
 
 
 CLAIMS: tuple[tuple[str, tuple[str, ...], Callable[..., tuple[str, str]]], ...] = (
