@@ -67,10 +67,13 @@ class Experiment:
                 logger.warning("%s; it is made again.", error)
                 continue
             own = records.identity(record.config, self._schema)
-            has_lengths = self._lengths(variant) <= set(record.lengths)
-            if (own, record.seeds) == (wanted, self.seeds) and has_lengths:
+            if (own, record.seeds) != (wanted, self.seeds):
+                logger.info("%s is of another configuration and is not used.", path)
+            elif lacking := self._lengths(variant) - set(record.lengths):
+                at = ", ".join(map(str, sorted(lacking)))
+                logger.info("%s was not evaluated at %s tokens and is not used.", path, at)
+            else:
                 return record
-            logger.info("%s is of another configuration and is not used.", path)
         return None
 
     @functools.cached_property

@@ -9,7 +9,8 @@ from matplotlib.colors import same_color
 
 from configs.figures import scales
 from rbf_jax.analysis import claims, paired, variants
-from rbf_jax.analysis.claims import operation
+from rbf_jax.analysis.claims import operation, panels
+from rbf_jax.analysis.claims.lengths import lengths_table
 from rbf_jax.analysis.report import jsonable
 from rbf_jax.analysis.style import PALETTE
 from tests.analysis.synthetic_records import make_records
@@ -31,8 +32,11 @@ def test_every_variant_is_in_the_numbers_of_its_figure(claim, tmp_path):
     text = json.dumps(jsonable(numbers))
     assert "NaN" not in text
     assert "Infinity" not in text
-    if claim.name in ("registers", "positions", "dial", "stability"):
+    if claim.name in ("registers", "lengths", "dial", "stability"):
         assert numbers.keys() == records.keys()
+    if claim.name == "positions":
+        assert len(numbers) == 2 * len(panels.POSITIONS)
+        assert not {name for name in numbers if "dot_scale" in name or "qk_norm" in name}
 
 
 @pytest.mark.parametrize("claim", TRAINED, ids=lambda claim: claim.name)
@@ -83,6 +87,40 @@ def test_sensitivity_compares_each_at_its_best_rate(tmp_path):
     assert numbers["dot product"]["best_rate"] == 3e-4
     assert numbers["RBF"]["best_less_dot"]["mean"] == pytest.approx(-0.1)
     assert numbers["dot product"]["diverged"] == 2
+
+
+def test_longer_contexts_are_compared_with_matched_controls(tmp_path):
+    claim = claims.FIGURES["lengths"]
+    records = make_records(needed(claim), tmp_path)
+    # A nat for each doubling, more than the 0.01 of the others; seeds differ at every length alike.
+    matched = records["dot_scale=rbf,kind=dot"]
+    for doublings, length in enumerate(sorted(matched.lengths)):
+        matched.lengths[length][:] = 1 + np.arange(4) + doublings
+    learned = records["positions=learned"].lengths
+    for length in sorted(learned)[1:]:
+        del learned[length]
+    made, numbers = claim.draw(list(records.values()))
+    found = numbers[matched.name]
+    assert found["lost"]["mean"] == pytest.approx(3.0)
+    assert found["rbf_less"]["mean"] == pytest.approx(0.03 - 3.0)
+    assert found["losses"]["64"]["mean"] == pytest.approx(2.5 + 1)
+    assert "rbf_less" not in numbers["base"]
+    table = lengths_table(numbers)
+    (row,) = (line for line in table.splitlines() if line.startswith(f"| {found['label']} |"))
+    assert "| +3.000 [+3.000, +3.000] | -2.970 [-2.970, -2.970] |" in row
+    # One that has no longer contexts has no row.
+    assert table.count("\n") == 2 + len(records) - 1
+    for axis, positions in zip(made.axes, ("SuSiE", "RoPE")):
+        assert axis.get_title(loc="left") == positions
+        assert len({(str(line.get_linestyle()), line.get_marker()) for line in axis.lines}) == 4
+
+
+def test_a_record_without_longer_contexts_is_left_out(tmp_path):
+    claim = claims.FIGURES["lengths"]
+    records = make_records(needed(claim), tmp_path)
+    records["dot_scale=rbf,kind=dot"].lengths.clear()
+    _, numbers = claim.draw(list(records.values()))
+    assert numbers.keys() == records.keys() - {"dot_scale=rbf,kind=dot"}
 
 
 def test_stability_compares_first_gradients_by_rate(tmp_path):

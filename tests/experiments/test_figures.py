@@ -99,7 +99,7 @@ def experiment(tmp_path_factory):
     return Experiment(base, (0, 1), folder / "out", folder / "kept")
 
 
-def test_a_variant_that_fails_does_not_stop_the_others(experiment):
+def test_a_variant_that_fails_does_not_stop_the_others(experiment, caplog):
     # Dimensions that positions cannot have; too few tokens for a context so long.
     variants = [
         Variant("odd", {"model.num_heads": 16}),
@@ -117,7 +117,9 @@ def test_a_variant_that_fails_does_not_stop_the_others(experiment):
 
     # Lengths asked for later are found out from the last checkpoint.
     longer = dataclasses.replace(variants[2], lengths=(1, 2, 4))
-    assert experiment.find(longer) is None
+    with caplog.at_level("INFO"):
+        assert experiment.find(longer) is None
+    assert "was not evaluated at 128 tokens" in caplog.text
     assert experiment.train([longer], compile_workers=1, keep_members=False) == {}
     assert set(experiment.find(longer).lengths) == {32, 64, 128}
     np.testing.assert_array_equal(experiment.find(longer).train["loss"], found.train["loss"])

@@ -11,7 +11,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from rbf_jax.analysis.claims import choices, inside, operation, training, verdicts
+from rbf_jax.analysis.claims import (
+    choices,
+    inside,
+    lengths,
+    operation,
+    training,
+    verdicts,
+)
 from rbf_jax.analysis.records import Record
 from rbf_jax.analysis.report import jsonable, save_figure
 from rbf_jax.analysis.variants import Variant
@@ -47,7 +54,7 @@ FIGURES = {
         Claim("key_norms", "Norms of keys", "twins", inside.key_norms),
         Claim("registers", "Registers and the origin sink", "registers", choices.registers),
         Claim("positions", "Positions", "positions", choices.positions),
-        Claim("lengths", "Longer contexts than trained at", "positions", choices.lengths),
+        Claim("lengths", "Longer contexts than trained at", "positions", lengths.lengths),
         Claim("stability", "The first steps", "learning_rate", training.stability),
         Claim("sensitivity", "The learning rate", "learning_rate", training.sensitivity),
         Claim("dial", "From dot product to RBF", "dial", choices.dial),
@@ -55,6 +62,12 @@ FIGURES = {
         Claim("layer_profile", "Time and memory of the layer", "", operation.layer_profile),
         Claim("memory", "Memory against T", "", operation.memory),
     )
+}
+
+# Beside their figures, in Markdown.
+TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "loss_curves": training.difference_table,
+    "lengths": lengths.lengths_table,
 }
 
 
@@ -130,8 +143,8 @@ def write(
             f"[as vectors]({claim.name}.svg), [numbers]({claim.name}.json)",
             "",
         ]
-        if claim.name == "loss_curves":
-            lines += [training.difference_table(numbers)]
+        if claim.name in TABLES:
+            lines += [TABLES[claim.name](numbers)]
     asked = {claim.name for claim in claims}
     judged = [v for v in verdicts.verdicts(numbers_of) if set(v.figures) <= asked]
     _write_json(out / "verdicts.json", [dataclasses.asdict(v) for v in judged])

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MultipleLocator
 
 from rbf_jax.analysis import paired
 from rbf_jax.analysis.claims import panels
@@ -85,10 +84,11 @@ def registers(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
 
 @styled
 def positions(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
-    """Final loss of each kind of positions, and RBF less dot product."""
+    """Final loss of each kind of positions, and RBF less dot product; controls are left out."""
     made, axes = figure(1, 2, height=2.8)
+    plain = where(records, dot_scale="standard", qk_norm=False)
     pairs = [
-        (the(records, kind="rbf", positions=name), the(records, kind="dot", positions=name))
+        (the(plain, kind="rbf", positions=name), the(plain, kind="dot", positions=name))
         for name in panels.POSITIONS
     ]
     shown = [(a, b) for a, b in pairs if a is not None and b is not None]
@@ -119,61 +119,10 @@ def positions(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     for a, b in shown:
         numbers |= panels.result_numbers([a], b) | panels.result_numbers([b], None)
     for name, positions, key in (("rbf", "susie", "less_susie"), ("dot", "rope", "less_rope")):
-        reference = the(records, kind=name, positions=positions)
-        for record in where(records, kind=name):
+        reference = the(plain, kind=name, positions=positions)
+        for record in where(plain, kind=name):
             if reference is not None and record is not reference and record.name in numbers:
                 numbers[record.name][key] = paired.as_numbers(paired.difference(record, reference))
-    return made, numbers
-
-
-@styled
-def lengths(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
-    """Loss at contexts longer than those trained at."""
-    made, axes = figure(1, 2, height=2.8)
-    markers = dict(zip(panels.POSITIONS, "os^Dv"))
-    lines = dict(zip(panels.POSITIONS, ("-", (0, (1, 1)), (0, (4, 1.5)), "-", (0, (6, 1, 1, 1)))))
-    numbers: dict[str, Any] = {}
-    for axis, name in zip(axes[0], ("rbf", "dot")):
-        for record in where(records, kind=name):
-            if not record.lengths:
-                continue
-            at = sorted(record.lengths)
-            values = np.array([record.lengths[length] for length in at])  # (lengths, n)
-            positions = record.config["model"]["positions"]
-            color = line_style(record).color
-            axis.plot(
-                at,
-                values.mean(1),
-                marker=markers[positions],
-                linestyle=lines[positions],
-                color=color,
-                label=panels.positions(record),
-                alpha=1 if positions in ("susie", "alibi") else 0.65,
-            )
-            axis.fill_between(at, values.min(1), values.max(1), color=color, alpha=0.12)
-            numbers[record.name] = {
-                str(length): paired.as_numbers(paired.estimate(row))
-                for length, row in zip(at, values)
-            }
-        axis.set_xscale("log", base=2)
-        axis.set(
-            title={"rbf": "RBF", "dot": "dot product"}[name],
-            xlabel="context, tokens",
-            ylabel="validation loss, nats per token",
-            yscale="log",
-        )
-        axis.yaxis.set_major_locator(MultipleLocator(1))
-        axis.yaxis.set_major_formatter("{x:g}")
-    # Those that have no longer contexts may run out of the picture.
-    goes_on = [np.array([*r.lengths.values()]) for r in records if len(r.lengths) > 1]
-    if goes_on and all(np.isfinite(values).all() for values in goes_on):
-        low, high = (min(v.min() for v in goes_on), max(v.max() for v in goes_on))
-        for axis in axes[0]:
-            axis.set_ylim(low * 0.97, high * 1.03)
-    for axis in axes[0]:
-        axis.minorticks_off()
-    if axes[0, 0].lines:
-        legend_above(made, axes[0, 0], columns=5)
     return made, numbers
 
 

@@ -76,17 +76,35 @@ def the(records: Sequence[Record], **wanted: Any) -> Record | None:
     return next(iter(where(records, **wanted)), None)
 
 
-def band(axes: Axes, x: np.ndarray, y: np.ndarray, style: LineStyle, label: str) -> None:
-    """The mean over seeds of y (m, n) and the range of the seeds; diverged seeds are left out."""
+def band(
+    axes: Axes,
+    x: np.ndarray,
+    y: np.ndarray,
+    style: LineStyle,
+    label: str,
+    marks: slice | None = None,
+) -> None:
+    """The mean over seeds of y (m, n) and the range of the seeds; diverged seeds are left out.
+
+    Args:
+      axes: to draw on.
+      x: (m,).
+      y: (m, n).
+      style: of the line.
+      label: for the legend.
+      marks: which of the m points bear the marker; by default some ten.
+    """
     alive = np.isfinite(y).all(0)
     lost = int((~alive).sum())
     if lost:
         label += f" ({lost} of {y.shape[1]} diverged)"
     y = y[:, alive]
+    look = {"color": style.color, "linestyle": style.linestyle, "marker": style.marker}
     if not y.shape[1]:
-        axes.plot([], [], color=style.color, linestyle=style.linestyle, label=label)
+        axes.plot([], [], **look, label=label)
         return
-    axes.plot(x, y.mean(1), color=style.color, linestyle=style.linestyle, label=label)
+    marks = marks or slice(None, None, max(1, len(x) // 10))
+    axes.plot(x, y.mean(1), **look, markevery=marks, label=label)
     axes.fill_between(x, y.min(1), y.max(1), color=style.color, alpha=0.18, linewidth=0)
 
 
