@@ -26,9 +26,9 @@ CELLS = (
 )
 # Keys, warps, stages. The first are those in use.
 TILES = (
+    (64, 2, 3),
     (64, 4, 3),
     (64, 4, 4),
-    (64, 2, 3),
     (32, 4, 4),
     (32, 2, 4),
     (32, 1, 4),
@@ -113,7 +113,14 @@ def _best_of_all(times: Times) -> Tiles:
 
 
 def _row(cell: Cell, sizes: Sizes) -> dict[str, Any]:
-    return {**dataclasses.asdict(cell), **dataclasses.asdict(sizes)}
+    tiles = sizes.tiles
+    return {
+        **dataclasses.asdict(cell),
+        "block_k": tiles.block_k,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+        "num_splits": sizes.num_splits,
+    }
 
 
 def _name(cell: Cell) -> str:

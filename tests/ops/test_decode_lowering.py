@@ -96,18 +96,6 @@ def chosen(B=1, K=16, S=32768, **changes):
     return choose_sizes(heads=B * K, visible=S, **given)
 
 
-@pytest.mark.parametrize("S", [8192, 32768, 131072])
-@pytest.mark.parametrize("B", [1, 4, 16, 64])
-@pytest.mark.parametrize("K", [8, 16])
-def test_programs_fill_the_gpu(B, S, K):
-    """Three to a multiprocessor: as many as run at once, or a little less than a multiple."""
-    splits = chosen(B=B, S=S, K=K).num_splits
-    waves = B * K * splits / (3 * H100.num_multiprocessors)
-    assert waves > 0.85
-    assert waves / -(-waves // 1) > 0.85 or waves > 3
-    assert -(-S // splits) <= 4096
-
-
 def test_few_keys_are_not_split():
     assert [chosen(S=n).num_splits for n in (1, 64, 100)] == [1, 1, 1]
     assert chosen(S=4096, B=1000).num_splits < 4

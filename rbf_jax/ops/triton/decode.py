@@ -23,12 +23,18 @@ from rbf_jax.ops.vmap import folding_vmap
 
 # Of the queries of a program; with more it runs out of registers.
 _LARGEST_QUERY_BYTES = 2**14
-# A program has at most so many keys, since rows may be of different lengths.
-_MOST_KEYS = 4096
+# A program has at most so many keys: rows may be of different lengths, and a program that is left
+# alone is slow.
+_MOST_KEYS = 8192
 _MOST_SPLITS = 128
-# What `_num_splits` weighs, in the time of a block of keys: the start of a program, the merge; and
-# by how much of its length the last programs end after the others.
-_START, _MERGE, _UNEVEN = 1.5, 3.0, 0.2
+# What a multiprocessor must have under way, in bytes, to keep its share of memory busy.
+_UNDER_WAY = 75_000
+# What `_num_splits` weighs, in bytes that a multiprocessor could have read: the start of a program,
+# the merge. With the number above they have docs/measurements/decode_sweep_gpu.json, of an H100, in
+# its order.
+_START, _MERGE = 13_000, 65_000
+# Costs within this factor are alike to it; then fewer programs are better.
+_ALIKE = 1.02
 # A multiprocessor holds no more programs than this: they have too many registers.
 _MOST_RESIDENT = 4
 # Features of a row that a program of the merge does.
@@ -97,27 +103,54 @@ def choose_sizes(
     while 2 * block_k * row_bytes * num_stages > limit and num_stages > 2:
         block_k, num_stages = (block_k // 2, num_stages) if block_k > 16 else (block_k, 2)
     # A stage less than there are is in memory; and queries and weights are.
-    shared = 2 * block_k * row_bytes * (num_stages - 1) + 8192
-    resident = min(max(1, 2 * limit // shared), _MOST_RESIDENT)
-    slots = resident * target.num_multiprocessors
-    splits = _num_splits(heads * _cdiv(rows, block_q), visible, block_k, slots)
-    return Sizes(Tiles(block_q, block_k, 4, num_stages), splits)
+    block_bytes = 2 * block_k * row_bytes
+    under_way = block_bytes * (num_stages - 1)
+    processors = _Processors(
+        target.num_multiprocessors,
+        resident=min(max(1, 2 * limit // (under_way + 8192)), _MOST_RESIDENT),
+        busy=_UNDER_WAY / under_way,
+    )
+    programs, blocks = heads * _cdiv(rows, block_q), _cdiv(visible, block_k)
+    splits = _num_splits(programs, blocks, block_bytes, _cdiv(visible, _MOST_KEYS), processors)
+    # More rows, or the parts of float32, do not fit into the registers of two.
+    num_warps = 2 if block_q == 16 and dtype.itemsize == 2 else 4
+    return Sizes(Tiles(block_q, block_k, num_warps, num_stages), splits)
 
 
-def _num_splits(programs: int, visible: int, block_k: int, slots: int) -> int:
-    """How many programs are to share what one would do, where so many run at once.
+class _Processors(NamedTuple):
+    """The multiprocessors of a GPU.
 
-    They come in waves; many short ones start often, few long ones leave slots empty.
+    Attributes:
+      number: of them.
+      resident: the most programs that one of them holds.
+      busy: how many programs of one of them keep its share of memory busy.
     """
-    blocks = _cdiv(visible, block_k)
+
+    number: int
+    resident: int
+    busy: float
+
+
+def _num_splits(
+    programs: int, blocks: int, block_bytes: int, least: int, processors: _Processors
+) -> int:
+    """How many programs, `least` or more, are to share the blocks of keys that one would read.
+
+    They come in waves. Memory bounds a wave, which takes as long as what its fullest multiprocessor
+    reads; where too few programs are left to keep memory busy, as long as if there were enough.
+    """
+    number, resident, busy = processors
 
     def cost(splits: int) -> float:
-        waves = _cdiv(programs * splits, slots) + _UNEVEN
-        return waves * (_cdiv(blocks, splits) + _START) + (_MERGE if splits > 1 else 0)
+        full, left = divmod(programs * splits, number * resident)
+        waves = [resident] * full + [_cdiv(left, number)] * (left > 0)
+        length = _cdiv(blocks, splits) * block_bytes + _START
+        return sum(max(wave, busy) for wave in waves) * length + (_MERGE if splits > 1 else 0)
 
     most = min(blocks, _MOST_SPLITS)
-    least = min(_cdiv(visible, _MOST_KEYS), most)
-    return min(range(least, most + 1), key=cost)
+    costs = {splits: cost(splits) for splits in range(min(least, most), most + 1)}
+    enough = _ALIKE * min(costs.values())
+    return next(splits for splits in costs if costs[splits] <= enough)
 
 
 def unsupported(call: Call, options: Options) -> str | None:
