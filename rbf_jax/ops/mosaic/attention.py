@@ -126,8 +126,8 @@ def _forward_kernel(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Arra
     from rbf_jax.ops.mosaic.forward import forward
 
     bounded = full.query.dtype == jnp.bfloat16 and plan.options.static_key_norm_weight is None
-    inputs = _inputs(full, shared)
-    tiles = plan.tiles or choose(inputs[0].shape[-1])
+    tiles = plan.tiles or choose(_padded_head_dim(full.query.shape[-1]))
+    inputs = _inputs(full, shared, tiles)
     rules = _rules(plan, full, shared, online=not bounded)
     out, logsumexp = forward(*inputs, rules=rules, tiles=tiles)
     _, T, _, H = full.query.shape
@@ -140,15 +140,14 @@ def _backward_kernels(plan: _Plan, full: _Full, rows: triton.Rows, shared: _Shar
 
     _, T, N, H = full.query.shape
     S, K = full.key.shape[1:3]
-    inputs = _inputs(full, shared)
+    tiles = plan.backward_tiles or choose_backward(_padded_head_dim(H))
+    inputs = _inputs(full, shared, tiles)
     delta = jnp.einsum("btnh,btnh->btn", rows.out, rows.dout, preferred_element_type=jnp.float32)
     if rows.dlogsumexp is not None:
         delta -= rows.dlogsumexp
-    delta = delta.swapaxes(1, 2)
-    delta = jnp.pad(delta, [(0, 0), (0, 0), (0, rows.logsumexp.shape[-1] - T)])
-    of_queries = [_padded(rows.dout), rows.logsumexp, delta]
+    numbers = (rows.logsumexp[..., :T], delta.swapaxes(1, 2))
+    of_queries = [_padded(rows.dout), *(_in_whole_tiles(x, tiles.rows) for x in numbers)]
     rules = _rules(plan, full, shared, online=True)
-    tiles = plan.backward_tiles or choose_backward(inputs[0].shape[-1])
     dquery, moments = queries(inputs, of_queries, rules=rules, tiles=tiles)
     dkey, dvalue, column_sums = keys(inputs, of_queries, rules=rules, tiles=tiles)
     norms = jnp.repeat(full.key_norms.swapaxes(1, 2), N // K, axis=1)
@@ -181,7 +180,7 @@ def _rules(plan: _Plan, full: _Full, shared: _Shared, *, online: bool):
     )
 
 
-def _inputs(full: _Full, shared: _Shared) -> list[jax.Array]:
+def _inputs(full: _Full, shared: _Shared, tiles: Tiles) -> list[jax.Array]:
     """The arrays that every kernel reads."""
     B, T, N, _ = full.query.shape
     S = full.key.shape[1]
@@ -189,12 +188,11 @@ def _inputs(full: _Full, shared: _Shared) -> list[jax.Array]:
         jnp.full(B, most, jnp.int32) if x is None else x
         for x, most in ((full.query_lengths, T), (full.key_lengths, S), (full.query_offset, 0))
     ]
-    key, norms = _padded(full.key), full.key_norms.swapaxes(1, 2)
     return [
         _padded(full.query),
-        key,
+        _padded(full.key),
         _padded(full.value),
-        jnp.pad(norms, [(0, 0), (0, 0), (0, key.shape[1] - S)]),
+        _in_whole_tiles(full.key_norms.swapaxes(1, 2), tiles.keys),
         _numbers_per_head(shared, N),
         jnp.stack(lengths, axis=1),
     ]
@@ -203,8 +201,17 @@ def _inputs(full: _Full, shared: _Shared) -> list[jax.Array]:
 def _padded(x: jax.Array) -> jax.Array:
     """(B, T, N, H), lengths and head dimensions filled with zeros to those of the kernel."""
     length, H = x.shape[1], x.shape[-1]
-    more = min(size for size in HEAD_DIMS if size >= H) - H
+    more = _padded_head_dim(H) - H
     return jnp.pad(x, [(0, 0), (0, -length % _ALIGNMENT), (0, 0), (0, more)])
+
+
+def _padded_head_dim(head_dim: int) -> int:
+    return min(size for size in HEAD_DIMS if size >= head_dim)
+
+
+def _in_whole_tiles(x: jax.Array, size: int) -> jax.Array:
+    """(B, heads, length), filled with zeros to a multiple of the size."""
+    return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[-1] % size)])
 
 
 def _numbers_per_head(shared: _Shared, N: int) -> jax.Array:

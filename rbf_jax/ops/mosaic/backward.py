@@ -55,7 +55,8 @@ def queries(
 
     Args:
       inputs: the arrays of `forward.forward`.
-      rows: dout (B, T, N, H), the logsumexp as the forward kernel left it, δ float32 (B, N, T').
+      rows: dout (B, T, N, H), the logsumexp in base 2 and δ, float32 (B, N, T'), T' a multiple of
+        the queries of a block of threads.
       rules: as in the forward pass.
       tiles: sizes.
 
@@ -202,12 +203,14 @@ def keys(
       tiles: sizes; `block_k` is the number of keys of a consumer, `block_q` of queries of a step.
 
     Returns:
-      dk and dv, (B, S, K, H), and Σ_i dS_ij, float32 (B, N, S') with S' a multiple of 16.
+      dk and dv, (B, S, K, H), and Σ_i dS_ij, float32 (B, N, S') with S' a multiple of the keys of a
+      block of threads.
     """
     key = inputs[1]
     B, S, K, _ = key.shape
     N = inputs[0].shape[2]
     stages, consumers = tiles.stages, tiles.consumers
+    num_tiles = -(-S // tiles.keys)
     memory = _KeysMemory(
         key=swizzled(key, consumers, tiles.block_k),
         value=swizzled(key, consumers, tiles.block_k),
@@ -230,10 +233,9 @@ def keys(
     results = [
         jax.ShapeDtypeStruct(key.shape, key.dtype),
         jax.ShapeDtypeStruct(key.shape, key.dtype),
-        jax.ShapeDtypeStruct((B, N, -(-S // 16) * 16), jnp.float32),
+        jax.ShapeDtypeStruct((B, N, num_tiles * tiles.keys), jnp.float32),
     ]
-    grid = (K, -(-S // (tiles.block_k * consumers)), B)
-    call = kernel(rbf_attention_keys, results, memory, grid, consumers)
+    call = kernel(rbf_attention_keys, results, memory, (K, num_tiles, B), consumers)
     return tuple(call(*inputs, *rows))
 
 
@@ -248,7 +250,7 @@ class _KeysBlock:
         self.group = self.query.shape[2] // self.key.shape[2]
         self.warpgroup = lax.axis_index("warpgroup")
         self.batch, self.key_head = lax.axis_index("batch"), lax.axis_index("heads")
-        first = lax.axis_index("tiles") * (tiles.block_k * tiles.consumers)
+        first = lax.axis_index("tiles") * tiles.keys
         self.first_column = first + self.warpgroup * tiles.block_k
         self.query_stop, self.key_stop, self.offset = extent(rules, lengths, self.batch)
         self.set = self.batch if self.per_head.shape[0] > 1 else 0

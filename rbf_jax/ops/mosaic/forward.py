@@ -107,7 +107,8 @@ def forward(
       query: (B, T, N, H), bfloat16 or float16; H is 64, 128 or 256, lengths are multiples of 8.
       key: (B, S, K, H), K divides N.
       value: (B, S, K, H).
-      norms: ‖k‖², float32 (B, K, S).
+      norms: ‖k‖², float32 (B, K, S'), S' a multiple of the keys of a tile: such a row of numbers is
+        copied whole, also beyond its end.
       per_head: float32 (B or 1, 3, N): 2γ, λγ and the ALiBi slope, times log₂e.
       lengths: int32 (B, 3): of the queries and of the keys, and the position of query 0; read where
         the rules say so.
@@ -115,8 +116,8 @@ def forward(
       tiles: sizes.
 
     Returns:
-      The output, (B, T, N, H), and the logsumexp in base 2, float32 (B, N, T') with T' the next
-      multiple of 16, +∞ where a row may attend to nothing.
+      The output, (B, T, N, H), and the logsumexp in base 2, float32 (B, N, T'), +∞ where a row may
+      attend to nothing. T' is a multiple of the queries of a block of threads.
     """
     B, T, N, _ = query.shape
     num_tiles = -(-T // tiles.rows)
@@ -145,7 +146,7 @@ def forward(
 
     results = [
         jax.ShapeDtypeStruct(query.shape, query.dtype),
-        jax.ShapeDtypeStruct((B, N, -(-T // 16) * 16), jnp.float32),
+        jax.ShapeDtypeStruct((B, N, num_tiles * tiles.rows), jnp.float32),
     ]
     call = kernel(rbf_attention_forward, results, memory, (N, num_tiles, B), consumers)
     return tuple(call(query, key, value, norms, per_head, lengths))
@@ -317,7 +318,7 @@ class Block:
 
     def _must_redo(self, state: _State, safe: jax.Array) -> jax.Array:
         inside = self.row_indices() < self.query_stop
-        enough = jnp.logical_or(state.total >= SMALLEST_SUM, jnp.logical_not(inside))
+        enough = jnp.where(inside, state.total, jnp.inf) >= SMALLEST_SUM
         infinite = jnp.max(jnp.where(jnp.abs(state.acc) < jnp.inf, 0.0, 1.0), axis=1)
         wrong = jnp.maximum(infinite, jnp.where(enough, 0.0, 1.0))
         wrong = jnp.maximum(self._largest(wrong), jnp.where(safe, 0.0, 1.0))

@@ -49,6 +49,11 @@ class Tiles:
         return self.block_q * self.consumers
 
     @property
+    def keys(self) -> int:
+        """Keys of a block of threads, where consumers share them."""
+        return self.block_k * self.consumers
+
+    @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that computes, and of one that loads."""
         return _REGISTERS[self.consumers]
