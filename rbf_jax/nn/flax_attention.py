@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rbf_jax.nn import inspection
 from rbf_jax.ops.api import Implementation, rbf_attention
+from rbf_jax.ops.types import squared_norms
 
 
 # linen passes an argument only if the function's signature names it, and drops it otherwise
@@ -38,6 +39,7 @@ def rbf_attention_fn(
     gamma: ArrayLike | None = None,
     key_norm_weight: ArrayLike = 1.0,
     origin_sink: bool = False,
+    normalize: bool = True,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """RBF attention in place of `flax.linen.dot_product_attention` or that of `flax.nnx`.
@@ -68,6 +70,8 @@ def rbf_attention_fn(
       gamma: γ of `rbf_attention`, scalar or (N,).
       key_norm_weight: λ, scalar or (N,).
       origin_sink: a virtual key at the origin with value 0.
+      normalize: False leaves out softmax's denominator, as in `rbf_attention`, for the weights that
+        are sown too.
       implementation: of `rbf_attention`.
 
     Returns:
@@ -105,15 +109,21 @@ def rbf_attention_fn(
         key_norm_weight=key_norm_weight,
         is_causal=is_causal,
         origin_sink=origin_sink,
+        normalize=normalize,
         implementation=implementation,
     )
     if module is not None:
+        gamma = jnp.asarray(H**-0.5 if gamma is None else gamma, jnp.float32)
         logits = inspection.attention_logits(
-            query, key, gamma=H**-0.5 if gamma is None else gamma, key_norm_weight=key_norm_weight
+            query, key, gamma=gamma, key_norm_weight=key_norm_weight
         )
         causal = jnp.tril(jnp.ones((T, S), bool)) if is_causal else jnp.ones((T, S), bool)
         allowed = causal if mask is None else mask & causal
-        weights = inspection.softmax_with_sink(logits, allowed, origin_sink=origin_sink)
+        if normalize:
+            weights = inspection.softmax_with_sink(logits, allowed, origin_sink=origin_sink)
+        else:
+            own = gamma * squared_norms(query.astype(jnp.float32))
+            weights = jnp.where(allowed, jnp.exp(logits - own.swapaxes(1, 2)[..., None]), 0.0)
         _sow(module, weights.reshape(*batch, N, T, S))
     return out.reshape(*batch, T, N, H)
 

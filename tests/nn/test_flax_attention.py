@@ -32,8 +32,10 @@ def _mask():
     return nn.combine_masks(nn.make_causal_mask(jnp.ones((B, T))), padding)
 
 
-def test_linen_layer_with_masks_jit_and_gradients():
-    attention_fn = functools.partial(rbf_attention_fn, implementation="xla", **OPTIONS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_linen_layer_with_masks_jit_and_gradients(normalize):
+    options = {**OPTIONS, "normalize": normalize}
+    attention_fn = functools.partial(rbf_attention_fn, implementation="xla", **options)
     layer = nn.MultiHeadDotProductAttention(N, use_bias=False, attention_fn=attention_fn)
     x, cotangent = normal(0, B, T, D), normal(1, B, T, D)
     variables = random_variables(layer, x)
@@ -43,7 +45,7 @@ def test_linen_layer_with_masks_jit_and_gradients():
         kernels = {name: value["kernel"] for name, value in variables["params"].items()}
         out, pullback = jax.vjp(lambda v: layer.apply(v, x, mask=_mask()), variables)
         expected, expected_pullback = jax.vjp(
-            lambda k: _expected(k, x, is_causal=True, key_value_seq_lengths=LENGTHS, **OPTIONS),
+            lambda k: _expected(k, x, is_causal=True, key_value_seq_lengths=LENGTHS, **options),
             kernels,
         )
         gradients = {n: g["kernel"] for n, g in pullback(cotangent)[0]["params"].items()}
@@ -53,8 +55,10 @@ def test_linen_layer_with_masks_jit_and_gradients():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, expected)
 
 
-def test_nnx_layer_with_mask_and_is_causal():
-    attention_fn = functools.partial(rbf_attention_fn, **OPTIONS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_nnx_layer_with_mask_and_is_causal(normalize):
+    options = {**OPTIONS, "normalize": normalize}
+    attention_fn = functools.partial(rbf_attention_fn, **options)
     layer = nnx.MultiHeadAttention(
         4,
         D,
@@ -74,7 +78,7 @@ def test_nnx_layer_with_mask_and_is_causal():
         return layer(x, mask=mask, is_causal=True)
 
     expected = quick_jit(
-        lambda k: _expected(k, x, is_causal=True, key_value_seq_lengths=LENGTHS, **OPTIONS)
+        lambda k: _expected(k, x, is_causal=True, key_value_seq_lengths=LENGTHS, **options)
     )
     np.testing.assert_allclose(run(layer, x), expected(kernels), atol=1e-6)
 
@@ -104,8 +108,10 @@ def test_dtype_is_that_of_the_computation(dtype):
     assert out.dtype == (dtype or jnp.float32)
 
 
-def test_linen_sows_the_weights_that_were_used():
-    attention_fn = functools.partial(rbf_attention_fn, origin_sink=True, **OPTIONS)
+@pytest.mark.parametrize("option", [{"origin_sink": True}, {"normalize": False}])
+def test_linen_sows_the_weights_that_were_used(option):
+    gamma = np.asarray([0.3, 0.2], np.float32)
+    attention_fn = functools.partial(rbf_attention_fn, **{**OPTIONS, "gamma": gamma, **option})
     layer = nn.MultiHeadDotProductAttention(N, use_bias=False, attention_fn=attention_fn)
     x = normal(0, 1, B, T, D)
     variables = random_variables(layer, x)
@@ -155,6 +161,12 @@ def test_what_cannot_be_done_raises(option, message):
     inputs = [normal(i, B, T, N, H) for i in range(3)]
     with pytest.raises(NotImplementedError, match=message):
         rbf_attention_fn(*inputs, **option)
+
+
+def test_a_sink_without_a_denominator_raises():
+    inputs = [normal(i, B, T, N, H) for i in range(3)]
+    with pytest.raises(ValueError, match="origin_sink=True has no effect with normalize=False"):
+        rbf_attention_fn(*inputs, normalize=False, origin_sink=True)
 
 
 def test_wrong_mask_raises():
