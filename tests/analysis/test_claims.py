@@ -56,6 +56,7 @@ def test_differences_are_those_of_the_records(tmp_path):
     found = numbers["num_registers=0"]
     assert found["reference"] == "base"
     assert found["final_difference"]["mean"] == pytest.approx(0.07)
+    assert found["spikes_difference"]["mean"] == found["spikes"]["mean"] == 0
     mass = records["num_registers=0"].inside["first_token_mass"].mean()
     assert found["first_token_mass"] == pytest.approx(mass)
 
@@ -85,7 +86,11 @@ def test_sensitivity_compares_each_at_its_best_rate(tmp_path):
     _, numbers = claim.draw(list(records.values()))
     assert numbers["RBF"]["best_rate"] == 0.01
     assert numbers["dot product"]["best_rate"] == 3e-4
-    assert numbers["RBF"]["best_less_dot"]["mean"] == pytest.approx(-0.1)
+    assert numbers["RBF"]["best_less"]["dot product"]["mean"] == pytest.approx(-0.1)
+    assert numbers["dot product"]["best_less"]["RBF"]["mean"] == pytest.approx(0.1)
+    assert numbers["dot product + QK-norm"]["best_less"]["dot product"]["mean"] == pytest.approx(
+        0.1
+    )
     assert numbers["dot product"]["diverged"] == 2
 
 

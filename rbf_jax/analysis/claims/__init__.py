@@ -101,7 +101,8 @@ def write(
 ) -> list[str]:
     """Draws; writes NAME.png, NAME.svg, NAME.json, verdicts.json and report.md into `out`.
 
-    Verdicts are those on claims all of whose figures are among `claims`.
+    Verdicts are those on claims all of whose figures are among `claims`; of "loss_curves" without
+    them, those that one learning rate allows.
 
     Args:
       claims: the figures.
@@ -147,6 +148,8 @@ def write(
             lines += [TABLES[claim.name](numbers)]
     asked = {claim.name for claim in claims}
     judged = [v for v in verdicts.verdicts(numbers_of) if set(v.figures) <= asked]
+    if not judged and "loss_curves" in numbers_of:
+        judged = verdicts.at_one_rate(numbers_of["loss_curves"], operation.layer_numbers())
     _write_json(out / "verdicts.json", [dataclasses.asdict(v) for v in judged])
     head = ["# Figures", "", f"`{command}`", "", *_machine(found), ""]
     head += [verdicts.table(judged)] if judged else []

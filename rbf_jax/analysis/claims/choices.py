@@ -79,6 +79,9 @@ def registers(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
         numbers |= panels.result_numbers([record], own)
         numbers[record.name] |= {name: float(masses[name][index]) for name in names}
         numbers[record.name]["even_share"] = _even_share(record)
+        if own is not None and record is not own:
+            spikes = paired.estimate(paired.spikes(record) - paired.spikes(own))
+            numbers[record.name]["spikes_difference"] = paired.as_numbers(spikes)
     return made, numbers
 
 

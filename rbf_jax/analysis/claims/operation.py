@@ -53,6 +53,19 @@ def layer() -> tuple[Path, dict[str, Any]]:
     )
 
 
+def layer_numbers() -> dict[str, Any] | None:
+    """What `layer_profile` returns beside its figure; None without a file."""
+    try:
+        path, content = layer()
+    except FileNotFoundError:
+        return None
+    return _layer_numbers(path, content)
+
+
+def _layer_numbers(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    return {"file": str(path), "device": content["device"], "results": content["results"]}
+
+
 @styled
 def layer_profile(_: Any) -> tuple[Figure, dict[str, Any]]:
     """Time and memory of the attention layer, by attention and positions, against T."""
@@ -91,8 +104,7 @@ def layer_profile(_: Any) -> tuple[Figure, dict[str, Any]]:
         f"{settings['dtype']}; {content['device']}, {content['date'][:10]}",
         fontsize=6.5,
     )
-    numbers = {"file": str(path), "device": content["device"], "results": content["results"]}
-    return made, numbers
+    return made, _layer_numbers(path, content)
 
 
 @styled

@@ -77,17 +77,15 @@ def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
         title="Less the dot product's",
         xlabel="nats; 95 % interval, paired",
     )
-    matched = the(records, kind="dot", positions="susie", dot_scale="rbf")
-    normed = the(records, kind="dot", positions="rope", qk_norm=True)
-    both_normed = the(records, kind="rbf", positions="rope", qk_norm=True)
     # In the numbers alone.
-    pairs = [(ours, matched), (ours, normed), (both_normed, normed)]
-    rows += [(a, b) for a, b in pairs if a is not None and b is not None]
+    rows += [(a, b) for a, b in _more_pairs(records) if a is not None and b is not None]
     numbers: dict[str, Any] = {}
     for record, reference in rows:
+        mean, other = (paired.mean_log_gradient_norm(r) for r in (record, reference))
         numbers[f"{record.name} against {reference.name}"] = {
             "label": f"{_label(record)} less {_label(reference)}",
             **panels.result_numbers([record], reference)[record.name],
+            "log_gradient_norm": paired.as_numbers(paired.estimate(mean - other)),
         }
     return made, {"differences": numbers, "records": panels.result_numbers(records, None)}
 
@@ -179,10 +177,12 @@ def sensitivity(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
                 "diverged": int(sum(paired.estimate(paired.loss(r)).missing for r in group)),
                 "by_rate": {f"{rate:g}": float(end) for rate, end in zip(rates, ends)},
             }
-    for name in numbers:
-        if "dot product" in best_of and name != "dot product":
-            value = paired.difference(best_of[name], best_of["dot product"])
-            numbers[name]["best_less_dot"] = paired.as_numbers(value)
+    for name, record in best_of.items():
+        numbers[name]["best_less"] = {
+            other: paired.as_numbers(paired.difference(record, reference))
+            for other, reference in best_of.items()
+            if other != name
+        }
     axes[0, 0].set(title="Final validation loss", ylabel="nats per token")
     axes[0, 1].set(title="The same, nearer")
     if best_of:
@@ -195,6 +195,30 @@ def sensitivity(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
         axis.set(xscale="log", xlabel="learning rate")
     legend_above(made, axes[0, 0], columns=5)
     return made, numbers
+
+
+def _more_pairs(records: Sequence[Record]) -> list[tuple[Record | None, Record | None]]:
+    """What `loss_curves` compares beside the dot product of the same positions."""
+
+    def one(**wanted: Any) -> Record | None:
+        usual = {"qk_norm": False, "dot_scale": "standard", "register_init": "zero"}
+        return the(records, **{**usual, **wanted})
+
+    rbf, rbf_rope = (one(kind="rbf", positions=name) for name in ("susie", "rope"))
+    dot, dot_rope = (one(kind="dot", positions=name) for name in ("susie", "rope"))
+    (rbf_normed, rbf_rope_normed), (dot_normed, dot_rope_normed) = (
+        [one(kind=kind, positions=name, qk_norm=True) for name in ("susie", "rope")]
+        for kind in ("rbf", "dot")
+    )
+    return [
+        (rbf, one(kind="dot", positions="susie", dot_scale="rbf")),
+        (rbf, dot_normed),
+        (rbf, dot_rope_normed),
+        (rbf_normed, dot_normed),
+        (rbf_rope_normed, dot_rope_normed),
+        (rbf_rope, rbf),
+        (dot, dot_rope),
+    ]
 
 
 def _gradients_less(record: Record, reference: Record, name: str) -> dict[str, Any]:
