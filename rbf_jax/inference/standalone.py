@@ -61,14 +61,22 @@ def continuations(folder, prompts, num_tokens):
     return np.stack(found, axis=1)
 
 
+def numbers(text):
+    """Reads TOKEN,TOKEN,..."""
+    return [int(token) for token in text.split(",")]
+
+
 def main():
     """Runs the program."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("prompts", nargs="+", metavar="TOKEN,TOKEN,...")
+    parser.add_argument("prompts", nargs="+", type=numbers, metavar="TOKEN,TOKEN,...")
     parser.add_argument("--tokens", type=int, default=20, metavar="N")
     arguments = parser.parse_args()
-    prompts = [[int(token) for token in prompt.split(",")] for prompt in arguments.prompts]
-    for row in continuations(Path(__file__).parent, prompts, arguments.tokens):
+    try:
+        rows = continuations(Path(__file__).parent, arguments.prompts, arguments.tokens)
+    except ValueError as error:
+        parser.error(str(error))
+    for row in rows:
         print(",".join(map(str, row)))
 
 

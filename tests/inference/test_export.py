@@ -48,20 +48,35 @@ assert not {"flax", "rbf_jax"} & {name.partition(".")[0] for name in sys.modules
 """
 
 
-def test_a_process_that_has_jax_alone(exported, tmp_path):
-    folder, model, variables, _ = exported
-    prompts = [",".join(map(str, prompt)) for prompt in PROMPTS]
-    ended = subprocess.run(
-        [sys.executable, "-I", "-c", _WITHOUT, str(folder / "run.py"), *prompts, "--tokens=5"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
+def _run(program, *given):
+    return subprocess.run(
+        [sys.executable, "-I", *program, *given], capture_output=True, text=True, check=False
     )
+
+
+def test_a_process_that_has_jax_alone(exported, tmp_path, monkeypatch):
+    folder, model, variables, _ = exported
+    monkeypatch.chdir(tmp_path)
+    prompts = [",".join(map(str, prompt)) for prompt in PROMPTS]
+    ended = _run(["-c", _WITHOUT, str(folder / "run.py")], *prompts, "--tokens=5")
     assert ended.returncode == 0, ended.stderr
     got = [[int(token) for token in line.split(",")] for line in ended.stdout.splitlines()]
     greedy = Sampling(temperature=0)
     assert got == complete(model, variables, PROMPTS, max_new_tokens=5, sampling=greedy)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("Once upon", "invalid numbers value: 'Once upon'"),
+        (",".join(["1"] * 99), "a prompt has 99 tokens; the program takes at most 6."),
+    ],
+)
+def test_a_wrong_prompt_is_one_line(exported, prompt, message):
+    ended = _run([str(exported[0] / "run.py")], prompt)
+    assert ended.returncode == 2
+    assert message in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
 
 
 def test_programs_take_any_number_of_rows_and_run_on_gpus_too(exported):
