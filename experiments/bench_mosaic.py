@@ -21,6 +21,8 @@ import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,17 +56,22 @@ def candidates(head_dim: int) -> Iterator[Tiles]:
 def measure(cell: Cell, dtype: jnp.dtype, clock: Clock, say: Callable[[str], None]) -> None:
     """Compiles, compares and times all of a cell, the fastest first."""
     q, k, v = (x.astype(dtype) for x in cell.arrays()[:3])
-    programs: dict[str, Callable] = {
+    contenders: dict[str, Any] = {
         "cuDNN dot product": jax.jit(dot_product(cell, "cudnn")),
         "RBF triton": jax.jit(rbf(cell, "triton")),
     }
     for tiles in candidates(cell.head_dim):
-        programs[str(tiles)] = _with_tiles(cell, tiles)
+        contenders[str(tiles)] = _with_tiles(cell, tiles)
     want = jax.jit(rbf(cell, "xla"))(q[:1], k[:1], v[:1]).astype(jnp.float32)
+    programs: dict[str, Callable] = {}
     times: dict[str, list[float]] = {}
-    for name, program in programs.items():
+    lowered = {name: contender.lower(q, k, v) for name, contender in contenders.items()}
+    with ThreadPoolExecutor() as pool:
+        compiling = {name: pool.submit(program.compile) for name, program in lowered.items()}
+    for name, program in compiling.items():
         try:
-            got = jax.block_until_ready(program(q, k, v))[:1].astype(jnp.float32)
+            programs[name] = program.result()
+            got = jax.block_until_ready(programs[name](q, k, v))[:1].astype(jnp.float32)
         except Exception as error:  # The others go on.
             say(f"{name}: {one_line(error)}")
             continue
@@ -84,7 +91,7 @@ def measure(cell: Cell, dtype: jnp.dtype, clock: Clock, say: Callable[[str], Non
         say(f"{ms:8.3f} ms {speed:5.0f} TFLOP/s {ratio:5.2f} {name}")
 
 
-def _with_tiles(cell: Cell, tiles: Tiles) -> Callable:
+def _with_tiles(cell: Cell, tiles: Tiles) -> Any:
     attend = rbf(cell, "mosaic")
 
     def call(q, k, v):

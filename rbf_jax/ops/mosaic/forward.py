@@ -57,7 +57,7 @@ class Rules:
     online: bool = False
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
     """Which blocks of keys are visited; between the inner two every pair is allowed."""
 
     start: jax.Array
@@ -68,7 +68,7 @@ class _Blocks(NamedTuple):
 
 class _State(NamedTuple):
     acc: jax.Array  # (block_q, H): weights times values
-    total: jax.Array  # (block_q,): sum of weights
+    total: jax.Array  # (block_q, 8): sums of weights, in the end (block_q,)
     maximum: jax.Array  # (block_q,): of the logits, from the reference
 
 
@@ -189,7 +189,7 @@ class Block:
         batch = self.batch if per_head.shape[0] > 1 else 0
         self.numbers = [per_head.at[batch, i, self.head] for i in range(3)]
 
-    def _visited(self, first: jax.Array) -> _Blocks:
+    def _visited(self, first: jax.Array) -> Blocks:
         """The blocks of keys that the block's queries, from `first`, may attend to."""
         rules, size = self.rules, jnp.int32(self.tiles.block_k)
         row, first = first, first + self.offset
@@ -210,7 +210,7 @@ class Block:
             stop = jnp.where(row < self.query_stop, stop, 0)
         start = jnp.minimum(start, stop)
         inner_start = jnp.clip(inner_start, start, stop)
-        return _Blocks(
+        return Blocks(
             start, inner_start, jnp.clip(lax.div(inner_stop, size), inner_start, stop), stop
         )
 
@@ -266,6 +266,7 @@ class Block:
     def compute(self) -> None:
         """A warpgroup that computes: its tile of the output and of the logsumexp."""
         plgpu.set_max_registers(self.tiles.registers[0], action="increase")
+        self.scale, self.weight = self.numbers[0][...], self.numbers[1][...]
         memory, mine = self.memory, self.warpgroup
         rows = pl.ds(self.first_row, self.tiles.block_q)
         loaded = memory.query_loaded.at[mine]
@@ -295,7 +296,7 @@ class Block:
         """The largest bound of the tile's logits, and whether it can be measured from."""
         query = self.memory.query.at[self.warpgroup]
         query = plgpu.load(query, (), layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-        scale, weight = self.numbers[0][...], self.numbers[1][...]
+        scale, weight = self.scale, self.weight
         largest = self._largest(jnp.sum(query * query, axis=1))
         bound = largest * scale * scale / (4 * weight)
         return bound, (weight > 0) & (bound <= LARGEST_REFERENCE)
@@ -331,7 +332,7 @@ class Block:
         lowest = (0.0 if self.rules.sink else -jnp.inf) if online else 0.0
         state = _State(
             plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA),
-            plgpu.layout_cast(jnp.zeros(shape[:1], jnp.float32), ROWS),
+            plgpu.layout_cast(jnp.zeros((shape[0], 8), jnp.float32), plgpu.Layout.WGMMA),
             plgpu.layout_cast(jnp.full(shape[:1], lowest, jnp.float32), ROWS),
         )
 
@@ -354,7 +355,7 @@ class Block:
             state = section(inner_stop, stop, state, False)
         if self.tiles.pingpong:
             pl.when(self.warpgroup == 0)(self._hand_over)
-        return state
+        return state._replace(total=jnp.sum(state.total, axis=1))
 
     def has_rest(self) -> bool:
         """Whether some of the last blocks may be visited in part."""
@@ -372,7 +373,6 @@ class Block:
         step = block - self.blocks.start + steps_before
         slot = self.slot(step)
         shape = (self.tiles.block_q, self.tiles.block_k)
-        norms = plgpu.load(memory.norms.at[slot], (), layout=COLUMNS)
 
         def products(acc):
             key = plgpu.transpose_ref(memory.key.at[slot], (1, 0))
@@ -382,10 +382,10 @@ class Block:
             return acc[...]
 
         dots = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+        norms = plgpu.load(memory.norms.at[slot], (), layout=COLUMNS)
         plgpu.barrier_arrive(memory.key_free.at[slot])
-        scale, weight = self.numbers[0][...], self.numbers[1][...]
-        subtract = lax.broadcast_in_dim(norms * weight + reference, shape, [1])
-        logits = self.with_rules(dots * scale - subtract, block, whole)
+        subtract = lax.broadcast_in_dim(norms * self.weight + reference, shape, [1])
+        logits = self.with_rules(dots * self.scale - subtract, block, whole)
         acc, total, maximum = state
         if online:
             new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=1))
@@ -394,11 +394,11 @@ class Block:
                 subtract = jnp.where(new_maximum == -jnp.inf, 0.0, new_maximum)
             rescale = jnp.exp2(maximum - subtract)
             maximum = new_maximum
-            total *= rescale
+            total *= lax.broadcast_in_dim(rescale, total.shape, [0])
             acc *= lax.broadcast_in_dim(rescale, acc.shape, [0])
             logits -= lax.broadcast_in_dim(subtract, shape, [0])
         weights = jnp.exp2(logits)
-        total += jnp.sum(weights, axis=1)
+        total += _sum_of_eights(weights)
         weights = weights.astype(self.value.dtype)
         # Else the compiler moves the softmax into the turn of the other warpgroup.
         acc, total, maximum, weights = lax.optimization_barrier((acc, total, maximum, weights))
@@ -496,6 +496,15 @@ def near_enough(rules: Rules, allowed: jax.Array, rows: jax.Array, columns: jax.
 def blocks_of(length: jax.Array, size: jax.Array) -> jax.Array:
     """How many blocks of a size hold the length."""
     return lax.div(length + size - 1, size)
+
+
+def _sum_of_eights(x: jax.Array) -> jax.Array:
+    """(rows, 8): a thread adds what it has; threads are added once, after the last block."""
+    parts = [x[:, i : i + 8] for i in range(0, x.shape[1], 8)]
+    while len(parts) > 1:
+        odd = parts[len(parts) & ~1 :]
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2])] + odd
+    return parts[0]
 
 
 def _log2(x: jax.Array) -> jax.Array:
