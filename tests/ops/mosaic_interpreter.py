@@ -3,8 +3,9 @@
 The interpreter (of jax 0.10.2) simulates warpgroups as threads, barriers, TMA loads and wgmma, and
 raises where a barrier is passed twice or never. What it lacks is added here: accumulators that
 start from a value (`pl.run_state`), loads by `plgpu.load`, wgmma of an operand in registers or of a
-transposed one, stores that are cut off at the end of an array, and keeping the compiled program of
-a kernel for all its warpgroups and blocks. Loads beyond the end of an array give zeros, as TMA's.
+transposed one, stores that are cut off at the end of an array or add to it, arrays that a kernel
+changes, and keeping the compiled program of a kernel for all its warpgroups and blocks. Loads
+beyond the end of an array give zeros, as TMA's.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ _REPLACED = {
 
 
 _LOCK = threading.Lock()
+_is_gmem = gpu_callbacks.is_gmem_memory_space
 
 
 class _Interpreter(jaxpr_interpret.JaxprInterpreter):
@@ -104,8 +106,9 @@ class _Interpreter(jaxpr_interpret.JaxprInterpreter):
     def _interpret_copy_smem_to_gmem_p(self, eqn, token, src, dst, *flat, **parameters):
         trees = [parameters[f"{x}_transforms_treedef"] for x in ("src", "dst")]
         transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), flat)
+        store = functools.partial(_store, parameters["reduction_op"])
         shape = gpu_callbacks.TOKEN_SHAPE_DTYPE
-        return callback.io_callback(_store, shape, token, self.thread_id, src, dst, transforms), []
+        return callback.io_callback(store, shape, token, self.thread_id, src, dst, transforms), []
 
 
 def _read(key, transforms, thread_id) -> np.ndarray:
@@ -138,7 +141,7 @@ def _wgmma(a_is_ref, token, thread_id, acc, a, b, transforms):
     return token
 
 
-def _store(token, thread_id, src, dst, transforms):
+def _store(reduction, token, thread_id, src, dst, transforms):
     """What is beyond the end of the array is left out."""
     src_transforms, dst_transforms = transforms
     value = _read(src, src_transforms, thread_id)
@@ -158,7 +161,14 @@ def _store(token, thread_id, src, dst, transforms):
                 return token
         else:
             kept.append(index)
-    _write(dst, tuple(kept), value[tuple(cut)], thread_id)
+    value = value[tuple(cut)]
+    if reduction is None:
+        _write(dst, tuple(kept), value, thread_id)
+        return token
+    if reduction != "add":
+        raise NotImplementedError(f"reduction_op={reduction!r} must be 'add'.")
+    with _LOCK:  # the copy engine adds each number at once
+        memory.mem[key].content[tuple(kept)] += value
     return token
 
 
@@ -188,6 +198,10 @@ def interpreted():
         params.force_gpu_interpret_mode(given),
         mock.patch.object(jaxpr_interpret, "JaxprInterpreter", _Interpreter),
         mock.patch.object(thread_map, "_run_jaxpr", _run_jaxpr),
+        # Arrays that a kernel is given as refs, since it changes them, name no memory.
+        mock.patch.object(
+            gpu_callbacks, "is_gmem_memory_space", lambda x: x is None or _is_gmem(x)
+        ),
         # The interpreter's callbacks are ordered, which custom_partitioning does not allow.
         mock.patch.object(attention, "by_batch_and_heads", lambda call, given, *_: call(*given)),
     ):

@@ -136,8 +136,6 @@ def _forward_kernel(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Arra
 
 def _backward_kernels(plan: _Plan, full: _Full, rows: triton.Rows, shared: _Shared) -> Gradients:
     """The gradients; the moments still have a batch axis."""
-    from rbf_jax.ops.mosaic.backward import keys, queries
-
     _, T, N, H = full.query.shape
     S, K = full.key.shape[1:3]
     tiles = plan.backward_tiles or choose_backward(_padded_head_dim(H))
@@ -145,19 +143,43 @@ def _backward_kernels(plan: _Plan, full: _Full, rows: triton.Rows, shared: _Shar
     delta = jnp.einsum("btnh,btnh->btn", rows.out, rows.dout, preferred_element_type=jnp.float32)
     if rows.dlogsumexp is not None:
         delta -= rows.dlogsumexp
-    numbers = (rows.logsumexp[..., :T], delta.swapaxes(1, 2))
-    of_queries = [_padded(rows.dout), *(_in_whole_tiles(x, tiles.rows) for x in numbers)]
+    of_queries = [
+        _padded(rows.dout),
+        _in_whole_tiles(rows.logsumexp[..., :T], tiles.rows, jnp.inf),
+        _in_whole_tiles(delta.swapaxes(1, 2), tiles.rows),
+    ]
     rules = _rules(plan, full, shared, online=True)
-    dquery, moments = queries(inputs, of_queries, rules=rules, tiles=tiles)
-    dkey, dvalue, column_sums = keys(inputs, of_queries, rules=rules, tiles=tiles)
+    run = _one_kernel if tiles.one_kernel else _two_kernels
+    dquery, moments, dkey, dvalue, column_sums = run(inputs, of_queries, rules, tiles)
     norms = jnp.repeat(full.key_norms.swapaxes(1, 2), N // K, axis=1)
     return Gradients(
         dquery[:, :T, :, :H],
         dkey[:, :S, :, :H],
         dvalue[:, :S, :, :H],
-        jnp.sum(moments[..., :T], axis=-1),
+        moments,
         jnp.sum(column_sums[..., :S] * norms, axis=-1),
     )
+
+
+def _two_kernels(inputs, rows, rules, tiles: Tiles) -> tuple[jax.Array, ...]:
+    """dq, Σ_i q·dq, dk, dv and Σ_i dS_ij."""
+    from rbf_jax.ops.mosaic.backward import queries
+    from rbf_jax.ops.mosaic.keys import keys
+
+    dquery, moments = queries(inputs, rows, rules=rules, tiles=tiles)
+    moments = jnp.sum(moments[..., : rules.num_queries], axis=-1)
+    return dquery, moments, *keys(inputs, rows, rules=rules, tiles=tiles)
+
+
+def _one_kernel(inputs, rows, rules, tiles: Tiles) -> tuple[jax.Array, ...]:
+    """As `_two_kernels`."""
+    from rbf_jax.ops.mosaic.gradients import gradients
+
+    query, per_head = inputs[0], inputs[4]
+    sums, *of_keys = gradients(inputs, rows, rules=rules, tiles=tiles)
+    dquery = sums * (per_head[:, 0] / jnp.float32(_LOG2E))[:, None, :, None]
+    moments = jnp.einsum("btnh,btnh->bn", query.astype(jnp.float32), dquery)
+    return dquery.astype(query.dtype), moments, *of_keys
 
 
 def _rules(plan: _Plan, full: _Full, shared: _Shared, *, online: bool):
@@ -209,9 +231,9 @@ def _padded_head_dim(head_dim: int) -> int:
     return min(size for size in HEAD_DIMS if size >= head_dim)
 
 
-def _in_whole_tiles(x: jax.Array, size: int) -> jax.Array:
-    """(B, heads, length), filled with zeros to a multiple of the size."""
-    return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[-1] % size)])
+def _in_whole_tiles(x: jax.Array, size: int, fill: float = 0) -> jax.Array:
+    """(B, heads, length), filled to a multiple of the size."""
+    return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[-1] % size)], constant_values=fill)
 
 
 def _numbers_per_head(shared: _Shared, N: int) -> jax.Array:

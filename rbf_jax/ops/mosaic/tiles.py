@@ -21,6 +21,8 @@ class Tiles:
       stages: tiles of keys and values in shared memory, at least 2.
       consumers: warpgroups that compute, 1 to 3; one more loads.
       pingpong: two consumers take turns, one in its softmax while the other multiplies.
+      one_kernel: the backward pass is one kernel, whose dq differs in the last bits from run to
+        run, and not two.
     """
 
     block_q: int = 64
@@ -28,6 +30,7 @@ class Tiles:
     stages: int = 2
     consumers: int = 2
     pingpong: bool = True
+    one_kernel: bool = False
 
     def __post_init__(self):
         if self.block_q < 64 or self.block_q % 64:
