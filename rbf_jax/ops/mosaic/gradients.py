@@ -33,7 +33,7 @@ class _Memory(NamedTuple):
 
 def gradients(
     inputs: list[jax.Array], rows: list[jax.Array], *, rules: Rules, tiles: Tiles
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Runs the kernel.
 
     Args:
@@ -127,7 +127,7 @@ class _Block(KeysBlock):
         plgpu.commit_smem()
         size = self.tiles.block_q
         rows = pl.ds((step * consumers + mine) * size, size)
-        sums = self.total.at[self.batch, rows, head.index]
+        sums = self.total.at[self.batch, rows, head.number]
         plgpu.copy_smem_to_gmem(own.dquery.at[mine], sums, reduction_op="add")
         return state
 

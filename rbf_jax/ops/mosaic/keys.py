@@ -57,7 +57,7 @@ class _State(NamedTuple):
 class Head(NamedTuple):
     """A query head, and its numbers."""
 
-    index: jax.Array
+    number: jax.Array
     scale: jax.Array
     weighted_norms: jax.Array  # float32 (block_k,)
     slope: jax.Array
