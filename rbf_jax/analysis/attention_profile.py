@@ -11,16 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
 
-from rbf_jax.analysis.style import STYLE, LineStyle
+from rbf_jax.analysis.style import PALETTE, STYLE, LineStyle
 
-# Names as the JSON file and its tables have them.
+# Names as the JSON file and its tables have them. RBF is blue and the dot product orange, as
+# everywhere, and their implementations shades of that, in no colour of another variant.
 STYLES: Mapping[str, LineStyle] = {
-    "dot product, cuDNN": LineStyle("#e07b00", (0, (4, 1.6)), "s", ""),
-    "RBF triton": LineStyle("#08408b", "-", "o", ""),
-    "RBF cudnn": LineStyle("#5b9bd5", (0, (7, 1.5)), "D", ""),
-    "RBF xla": LineStyle("#1b7f6b", (0, (6, 1.5, 1, 1.5)), "^", ""),
-    "RBF FlexAttention": LineStyle("#c2406b", (0, (3, 1.3, 1, 1.3)), "P", ""),
-    "dot product, jax.nn xla": LineStyle("#c9a227", (0, (1, 1.2)), "v", ""),
+    "dot product, cuDNN": PALETTE["dot product"],
+    "RBF triton": PALETTE["RBF"],
+    "RBF cudnn": LineStyle("#5b9bd5", (0, (7, 1.5)), "d", ""),
+    "RBF xla": LineStyle("#2171b5", (0, (6, 1.5, 1, 1.5)), "<", ""),
+    "RBF FlexAttention": LineStyle("#8fbfe0", (0, (3, 1.3, 1, 1.3)), "p", ""),
+    "dot product, jax.nn xla": LineStyle("#9a5200", (0, (1, 1.2)), ">", ""),
     "RBF reference": LineStyle("0.45", (0, (2, 1)), "X", ""),
 }
 _OTHER = LineStyle("0.2", "-", "*", "")

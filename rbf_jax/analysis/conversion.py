@@ -19,7 +19,7 @@ _STYLES: Mapping[str, tuple[str, LineStyle]] = {
     "control": ("dot product, trained on", PALETTE["dot product"]),
     "switched": ("λ = 1 at once", PALETTE["RBF"]),
     "annealed": ("λ from 0 to 1", PALETTE["RBF, dial"]),
-    "learned": ("λ learned per head", PALETTE["RBF + QK-norm"]),
+    "learned": ("λ learned per head", LineStyle("#0f5c4d", (0, (1, 1.2)), "<", "")),
 }
 
 

@@ -1,7 +1,7 @@
 """How every figure of the project looks: one style, one palette.
 
-A variant of attention has the same colour, line and marker in every figure. Colours differ in
-lightness too, so that figures can be read in grey.
+A variant of attention has the same colour, line and marker in every figure, and nothing else has
+its colour. Lightness falls in even steps from one to the next, so that figures can be read in grey.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class LineStyle:
 
 PALETTE: Mapping[str, LineStyle] = {
     "RBF": LineStyle("#08408b", "-", "o", ""),
-    "RBF + QK-norm": LineStyle("#5b2a86", (0, (7, 1.5)), "D", ".."),
-    "RBF, dial": LineStyle("#1b7f6b", (0, (6, 1.5, 1, 1.5)), "^", "xx"),
+    "RBF + QK-norm": LineStyle("#62359a", (0, (7, 1.5)), "D", ".."),
+    "RBF, dial": LineStyle("#1b846f", (0, (6, 1.5, 1, 1.5)), "^", "xx"),
     "dot product": LineStyle("#e07b00", (0, (4, 1.6)), "s", "///"),
     "dot product, RBF's scale": LineStyle("#c9a227", (0, (1, 1.2)), "v", "..."),
-    "dot product + QK-norm": LineStyle("#c2406b", (0, (3, 1.3, 1, 1.3)), "P", "\\\\\\"),
+    "dot product + QK-norm": LineStyle("#cc4d78", (0, (3, 1.3, 1, 1.3)), "P", "\\\\\\"),
 }
 
 _REPEAT_MARKERS = "XhdpH<>*"

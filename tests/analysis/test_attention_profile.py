@@ -3,6 +3,7 @@ import pytest
 from experiments.benchmarks.contenders import BASELINE, TRITON
 from rbf_jax.analysis.attention_profile import STYLES, profile_figure
 from rbf_jax.analysis.report import save_figure
+from rbf_jax.analysis.style import PALETTE
 from tests.experiments.gpu_suite_content import COST, LENGTHS, failed, make_content
 
 
@@ -41,6 +42,15 @@ def test_the_legend_names_all_once_and_styles_differ_without_colour(content):
     names = [text.get_text() for text in legend.get_texts()]
     assert sorted(names) == sorted({*COST, *(row["implementation"] for row in content["memory"])})
     assert len({(str(s.linestyle), s.marker) for s in STYLES.values()}) == len(STYLES)
+
+
+def test_no_implementation_has_the_colour_or_marker_of_another_variant():
+    assert STYLES[TRITON] == PALETTE["RBF"]
+    assert STYLES[BASELINE] == PALETTE["dot product"]
+    others = [style for name, style in STYLES.items() if name not in (TRITON, BASELINE)]
+    for part in ("color", "marker"):
+        taken = {getattr(style, part) for style in PALETTE.values()}
+        assert not taken & {getattr(style, part) for style in others}
 
 
 def test_only_the_head_dimension_and_causality_asked_for(content):

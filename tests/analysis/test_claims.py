@@ -62,12 +62,14 @@ def test_differences_are_those_of_the_records(tmp_path):
 
 
 def test_variants_have_their_colours_everywhere(tmp_path):
-    for name in ("loss_curves", "sensitivity"):
+    for name in ("loss_curves", "sensitivity", "stability", "lengths"):
         claim = claims.FIGURES[name]
         made, _ = claim.draw(list(make_records(needed(claim), tmp_path).values()))
         (legend,) = made.legends
         for text, line in zip(legend.get_texts(), legend.get_lines()):
-            assert same_color(line.get_color(), PALETTE[text.get_text()].color)
+            style = PALETTE[text.get_text()]
+            assert same_color(line.get_color(), style.color)
+            assert line.get_marker() == style.marker
 
 
 def test_sensitivity_compares_each_at_its_best_rate(tmp_path):
@@ -151,12 +153,49 @@ def test_times_are_drawn_of_those_that_had_the_machine_alone(tmp_path):
     claim = claims.FIGURES["loss_curves"]
     records = make_records(needed(claim), tmp_path)
     made, _ = claim.draw(list(records.values()))
-    assert not made.axes[1].lines
-    assert "not measured" in made.axes[1].texts[0].get_text()
+    assert "time" not in {axis.get_label() for axis in made.axes}
+    assert "not measured" in made.get_supxlabel()
     records["base"].summary["timed_alone"] = True
     made, _ = claim.draw(list(records.values()))
-    (line,) = made.axes[1].lines
+    (panel,) = (axis for axis in made.axes if axis.get_label() == "time")
+    (line,) = panel.lines
     assert list(line.get_xdata()) == list(records["base"].valid["seconds"])
+    assert "not measured" not in made.get_supxlabel()
+
+
+def test_curves_less_the_dot_products_are_paired(tmp_path):
+    claim = claims.FIGURES["loss_curves"]
+    records = make_records(needed(claim), tmp_path, base={"offset": -0.25})
+    made, _ = claim.draw(list(records.values()))
+    panels_of = {axis.get_label(): axis for axis in made.axes}
+    for name in ("valid less", "train less"):
+        (line,) = (x for x in panels_of[name].lines if x.get_color() == PALETTE["RBF"].color)
+        np.testing.assert_allclose(line.get_ydata(), -0.25, atol=1e-9)
+        looks = {(str(x.get_linestyle()), x.get_marker()) for x in panels_of[name].lines}
+        assert len(looks) == len(panels_of[name].lines) == 5
+
+
+def test_registers_have_a_shape_that_no_variant_has(tmp_path):
+    claim = claims.FIGURES["key_norms"]
+    made, _ = claim.draw(list(make_records(needed(claim), tmp_path).values()))
+    (axis,) = made.axes
+    stars = [line for line in axis.lines if line.get_marker() == "*"]
+    assert len(stars) == 5 * 2 + 1  # variants, layers, the legend's
+    assert "*" not in {style.marker for style in PALETTE.values()}
+    assert {line.get_markerfacecolor() for line in stars} == {"white"}
+
+
+def test_first_gradients_are_drawn_over_the_dot_products(tmp_path):
+    claim = claims.FIGURES["stability"]
+    records = make_records(needed(claim), tmp_path)
+    for record in records.values():
+        dot = record.config["model"]["attention"]["kind"] == "dot"
+        record.train["grad_norm"][:] = 4.0 if dot else 3.0
+    made, _ = claim.draw(list(records.values()))
+    for row in range(2):
+        lines = made.axes[4 * row + 2].lines
+        (line,) = (x for x in lines if x.get_color() == PALETTE["RBF"].color)
+        np.testing.assert_allclose(line.get_ydata(), 0.75)
 
 
 def test_maps_mark_the_registers(tmp_path):

@@ -61,15 +61,18 @@ def registers(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     axes[0, 2].plot(
         [_even_share(r) for r in records],
         rows,
-        "|",
-        color=REGISTER_COLOR,
+        "d",
+        markersize=5,
+        markerfacecolor="white",
+        markeredgecolor=REGISTER_COLOR,
         label="registers, even share",
     )
     panels.rows(axes[0, 2], labels)
     legend_above(made, axes[0, 2], columns=4)
     axes[0, 0].set(title="Loss less 1, zero's", xlabel="nats; 95 % interval, paired")
     axes[0, 1].set(title="Spikes", xlabel=f"steps {paired.SPIKE_NATS} nats up")
-    axes[0, 1].set_xlim(left=0, right=max(1.0, axes[0, 1].get_xlim()[1]))
+    most = max(1.0, axes[0, 1].get_xlim()[1])
+    axes[0, 1].set_xlim(left=-0.03 * most, right=most)
     axes[0, 2].set(title="Attention they take", xlabel="mean weight")
     for axis in axes[0, 1:]:
         axis.set_yticks(rows, [""] * len(records))

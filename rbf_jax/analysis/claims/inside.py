@@ -23,6 +23,15 @@ from rbf_jax.analysis.records import Record
 from rbf_jax.analysis.style import MASKED_COLOR, REGISTER_COLOR, WEIGHTS_COLORMAP
 
 _WIDTH = 3
+# A shape and a white face that no variant has.
+_REGISTER: dict[str, Any] = {
+    "marker": "*",
+    "markersize": 8,
+    "markerfacecolor": "white",
+    "markeredgecolor": REGISTER_COLOR,
+    "linestyle": "",
+    "zorder": 4,
+}
 
 
 @styled
@@ -58,7 +67,7 @@ def attention_maps(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             for name in ("entropy", "register_mass", "sink_mass", "first_token_mass", "distance")
         }
     made.supxlabel(
-        "Keys by queries, square root of the weight; left of the red line registers and sink. "
+        "Keys by queries, square root of the weight; left of the upright line registers and sink. "
         "Above each: mean weight on registers and sink | on the first token.",
         fontsize=6.5,
     )
@@ -115,7 +124,7 @@ def key_norms(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
                 linestyle="",
             )
             for norm in np.nanmean(record.inside["register_key_norm"], axis=0)[layer]:
-                axis.plot(x, norm, marker="_", color=REGISTER_COLOR, markersize=7)
+                axis.plot(x, norm, **_REGISTER)
         numbers[record.name] = {
             "quantiles": list(QUANTILES),
             "key_norm_quantiles": quantiles.tolist(),
@@ -126,7 +135,7 @@ def key_norms(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     if shown:
         axis.set_xticks(range(len(numbers[shown[0].name]["key_norm_quantiles"])))
     axis.set(
-        title="Norms of keys: 1 to 99 %, quartiles, median; red: registers",
+        title="Norms of keys: 1 to 99 %, quartiles, median; stars: registers",
         xlabel="layer",
         ylabel="‖k‖",
         yscale="log",
@@ -134,5 +143,6 @@ def key_norms(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         formatted("{x:g}")
     axis.tick_params(axis="y", which="minor", labelsize=6.5)
-    legend_above(made, axis, columns=5)
+    axis.plot([], [], **_REGISTER, label="register")
+    legend_above(made, axis, columns=3)
     return made, numbers

@@ -90,10 +90,12 @@ def layer_profile(_: Any) -> tuple[Figure, dict[str, Any]]:
                 linestyle=linestyle,
                 marker=PALETTE[kind].marker,
                 markerfacecolor=face,
-                markersize=4,
+                # Where both lie on each other, both are seen.
+                markersize=6.5 if kind == "dot product" else 3.5,
                 label=name,
             )
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.minorticks_off()
         axis.set(title=title, xlabel="T", ylabel=ylabel)
         axis.set_ylim(bottom=0)

@@ -76,23 +76,10 @@ def the(records: Sequence[Record], **wanted: Any) -> Record | None:
     return next(iter(where(records, **wanted)), None)
 
 
-def band(
-    axes: Axes,
-    x: np.ndarray,
-    y: np.ndarray,
-    style: LineStyle,
-    label: str,
-    marks: slice | None = None,
-) -> None:
+def band(axes: Axes, x: np.ndarray, y: np.ndarray, style: LineStyle, label: str) -> None:
     """The mean over seeds of y (m, n) and the range of the seeds; diverged seeds are left out.
 
-    Args:
-      axes: to draw on.
-      x: (m,).
-      y: (m, n).
-      style: of the line.
-      label: for the legend.
-      marks: which of the m points bear the marker; by default some ten.
+    Of many points some ten bear the marker, in each variant others, so that none hides another's.
     """
     alive = np.isfinite(y).all(0)
     lost = int((~alive).sum())
@@ -103,8 +90,10 @@ def band(
     if not y.shape[1]:
         axes.plot([], [], **look, label=label)
         return
-    marks = marks or slice(None, None, max(1, len(x) // 10))
-    axes.plot(x, y.mean(1), **look, markevery=marks, label=label)
+    every = max(1, len(x) // 10)
+    places = list(PALETTE.values())
+    first = every * places.index(style) // len(places) if style in places else 0
+    axes.plot(x, y.mean(1), **look, markevery=(first, every), label=label)
     axes.fill_between(x, y.min(1), y.max(1), color=style.color, alpha=0.18, linewidth=0)
 
 

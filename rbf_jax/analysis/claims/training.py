@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from rbf_jax.analysis import paired
 from rbf_jax.analysis.claims import panels
@@ -28,59 +29,53 @@ from rbf_jax.analysis.records import Record
 
 @styled
 def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
-    """Validation loss by step and by time; differences to the dot product, all else equal."""
-    made, axes = figure(2, 2)
+    """Loss by step and by time, whole and less the dot product's; differences, all else equal."""
     same = where(records, positions="susie", register_init="zero")
+    timed = [r for r in same if r.summary.get("timed_alone")]
+    made = Figure(figsize=(7.2, 7.4), layout="constrained")
+    axes = made.subplot_mosaic(
+        [
+            ["valid", "valid less"],
+            ["train", "train less"],
+            ["time" if timed else "forest", "forest"],
+        ]
+    )
     for record in same:
-        x = record.valid["step"]
-        band(axes[0, 0], x, record.valid["loss"], line_style(record), kind(record))
-        step = record.train["step"]
-        train = np.apply_along_axis(smooth, 0, record.train["loss"])
-        band(axes[1, 0], step, train, line_style(record), kind(record))
-    _by_time(axes[0, 1], same)
-    for axis, losses in (
-        (axes[0, 0], [r.valid["loss"] for r in same]),
-        (axes[0, 1], [r.valid["loss"] for r in same]),
-        (axes[1, 0], [r.train["loss"] for r in same]),
-    ):
-        _leave_out_the_fall(axis, losses)
-        axis.set_ylabel("loss, nats per token")
-    axes[0, 0].set(title="Validation, SuSiE for all", xlabel="step")
-    legend_above(made, axes[0, 0], columns=3)
-    axes[1, 0].set(title="Training, smoothed", xlabel="step")
-    rows = []
-    for positions in ("susie", "rope"):
-        dot = the(
-            records,
-            kind="dot",
-            positions=positions,
-            dot_scale="standard",
-            qk_norm=False,
-            register_init="zero",
+        style = line_style(record)
+        band(axes["valid"], record.valid["step"], record.valid["loss"], style, kind(record))
+        band(axes["train"], *_smooth(record.train["step"], record.train["loss"]), style, "")
+    _leave_out_the_fall(axes["valid"], [r.valid["loss"] for r in same])
+    _leave_out_the_fall(axes["train"], [r.train["loss"] for r in same])
+    dot = _usual_dot(same, "susie")
+    if dot is not None:
+        _curves_less(axes, same, dot)
+    if timed:
+        for record in timed:
+            seconds = record.valid["seconds"]
+            band(axes["time"], seconds, record.valid["loss"], line_style(record), "")
+        _leave_out_the_fall(axes["time"], [r.valid["loss"] for r in timed])
+        axes["time"].set(title="Validation by time", xlabel="seconds of training, all seeds")
+    else:
+        text = "By time: not measured, other programs ran beside; --alone measures it."
+        made.supxlabel(text, fontsize=6.5)
+    for name, title in (("valid", "Validation, SuSiE for all"), ("train", "Training, smoothed")):
+        axes[name].set(title=title, xlabel="step", ylabel="nats per token")
+        axes[f"{name} less"].set(
+            title=f"{title.split(',')[0]}, less the dot product's", xlabel="step"
         )
-        group = where(records, positions=positions, register_init="zero")
-        rows += [(r, dot) for r in group if dot is not None and r is not dot]
-    twin = the(records, kind="dot", positions="rope", register_init="normal")
-    ours = the(records, kind="rbf", positions="susie", qk_norm=False)
-    if twin is not None and ours is not None:
-        rows.append((ours, twin))
-    labels = [f"{kind(a)}, {panels.positions(a)}".replace(" product", "") for a, _ in rows]
-    if twin is not None and ours is not None:
-        labels[-1] = "RBF, original's twins"
+    legend_above(made, axes["valid"], columns=3)
+    rows = _pairs(records)
     forest(
-        axes[1, 1],
-        labels,
-        [paired.difference(a, b) for a, b in rows],
-        [line_style(a) for a, _ in rows],
+        axes["forest"],
+        [label for label, *_ in rows],
+        [paired.difference(a, b) for _, a, b in rows],
+        [line_style(a) for _, a, _ in rows],
     )
-    axes[1, 1].set(
-        title="Less the dot product's",
-        xlabel="nats; 95 % interval, paired",
-    )
+    axes["forest"].set(title="End, less the dot product's", xlabel="nats; 95 % interval, paired")
     # In the numbers alone.
-    rows += [(a, b) for a, b in _more_pairs(records) if a is not None and b is not None]
+    more = [(a, b) for a, b in _more_pairs(records) if a is not None and b is not None]
     numbers: dict[str, Any] = {}
-    for record, reference in rows:
+    for record, reference in [*((a, b) for _, a, b in rows), *more]:
         mean, other = (paired.mean_log_gradient_norm(r) for r in (record, reference))
         numbers[f"{record.name} against {reference.name}"] = {
             "label": f"{_label(record)} less {_label(reference)}",
@@ -95,20 +90,32 @@ def stability(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     """The first steps at two learning rates: loss, gradient norm, largest logit."""
     rates = sorted({r.config["optimizer"]["learning_rate"] for r in records})
     shown = [rates[len(rates) // 2], rates[-1]] if len(rates) > 1 else rates
-    made, axes = figure(max(len(shown), 1), 3, height=2.2)
+    made, axes = figure(max(len(shown), 1), 4, width=9.4, height=2.3)
     numbers: dict[str, Any] = {}
     for row, rate in enumerate(shown):
-        for record in (r for r in records if _rate(r) == rate):
+        group = [r for r in records if _rate(r) == rate]
+        dot = the(group, kind="dot", dot_scale="standard", qk_norm=False)
+        for record in group:
             first = paired.first_steps(record)
             some = max(len(record.inspected["step"]) // 5, 2)
             style, name = line_style(record), kind(record)
             step, seen = record.train["step"][:first], record.inspected["step"][:some]
+            norms = record.train["grad_norm"][:first]
             band(axes[row, 0], step, record.train["loss"][:first], style, name)
-            band(axes[row, 1], step, record.train["grad_norm"][:first], style, "")
-            band(axes[row, 2], seen, record.inspected["logit_max"][:some], style, "")
+            band(axes[row, 1], *_smooth(step, norms), style, "")
+            if dot is not None:
+                ratio = norms / dot.train["grad_norm"][:first]
+                band(axes[row, 2], *_smooth(step, ratio), style, "")
+            band(axes[row, 3], seen, record.inspected["logit_max"][:some], style, "")
         axes[row, 0].set(title=f"Loss, learning rate {rate:g}", xlabel="step", ylabel="nats")
-        axes[row, 1].set(title="Gradient norm", xlabel="step", yscale="log")
-        axes[row, 2].set(title="Largest logit", xlabel="step", yscale="log")
+        axes[row, 1].set(title="Gradient norm, smoothed", xlabel="step", yscale="log")
+        axes[row, 2].set(title="… over the dot product's", xlabel="step", yscale="log")
+        axes[row, 3].set(title="Largest logit", xlabel="step", yscale="log")
+        for axis in axes[row, 1:]:
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
     if shown:
         legend_above(made, axes[0, 0], columns=5)
     for rate in rates:
@@ -237,6 +244,58 @@ def _label(record: Record) -> str:
     return f"{kind(record)}, {panels.positions(record)}{suffix}"
 
 
+def _usual_dot(records: Sequence[Record], positions: str) -> Record | None:
+    return the(
+        records,
+        kind="dot",
+        positions=positions,
+        dot_scale="standard",
+        qk_norm=False,
+        register_init="zero",
+    )
+
+
+def _pairs(records: Sequence[Record]) -> list[tuple[str, Record, Record]]:
+    """What `loss_curves` draws: a label, a record and the dot product that it is compared with."""
+    rows = []
+    for positions in ("susie", "rope"):
+        dot = _usual_dot(records, positions)
+        for record in where(records, positions=positions, register_init="zero"):
+            if dot is not None and record is not dot:
+                label = f"{kind(record)}, {panels.positions(record)}"
+                rows.append((label.replace(" product", ""), record, dot))
+    twin = the(records, kind="dot", positions="rope", register_init="normal")
+    ours = the(records, kind="rbf", positions="susie", qk_norm=False)
+    if twin is not None and ours is not None:
+        rows.append(("RBF, original's twins", ours, twin))
+    return rows
+
+
+def _curves_less(axes: Mapping[str, Axes], records: Sequence[Record], dot: Record) -> None:
+    """The panels of losses less the dot product's, paired by seed; of the last two thirds."""
+    for name, smoothed in (("valid less", False), ("train less", True)):
+        shown = []
+        for record in records:
+            losses, others = (r.train if smoothed else r.valid for r in (record, dot))
+            step, less = losses["step"], losses["loss"] - others["loss"]
+            if smoothed:
+                step, less = _smooth(step, less)
+            band(axes[name], step, less, line_style(record), "")
+            shown.append(less[len(less) // 3 :].ravel())
+        values = np.concatenate(shown)
+        values = values[np.isfinite(values)]
+        if len(values) and np.ptp(values) > 0:
+            margin = 0.08 * np.ptp(values)
+            axes[name].set_ylim(values.min() - margin, values.max() + margin)
+            axes[name].set_xlim(left=step[len(step) // 4])
+
+
+def _smooth(step: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Running medians of (m, n), seed by seed, but for the last, which would be of few points."""
+    whole = len(step) - len(step) // 40
+    return step[:whole], np.apply_along_axis(smooth, 0, values)[:whole]
+
+
 def _leave_out_the_fall(axis: Axes, losses: Sequence[np.ndarray]) -> None:
     """Shows the last two thirds of curves (m, n) from top to bottom."""
     later = np.concatenate([values[len(values) // 3 :].ravel() for values in losses])
@@ -244,18 +303,6 @@ def _leave_out_the_fall(axis: Axes, losses: Sequence[np.ndarray]) -> None:
     if len(later):
         low, high = later.min(), np.quantile(later, 0.99)
         axis.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
-
-
-def _by_time(axis: Axes, records: Sequence[Record]) -> None:
-    """Of those alone that had the machine for themselves."""
-    timed = [r for r in records if r.summary.get("timed_alone")]
-    for record in timed:
-        band(axis, record.valid["seconds"], record.valid["loss"], line_style(record), "")
-    axis.set(title="The same by time", xlabel="seconds of training, all seeds")
-    if not timed:
-        text = "not measured: other programs\nran beside (--alone times)"
-        axis.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center", va="center")
-        axis.set(xticks=[], yticks=[])
 
 
 def difference_table(curves: Mapping[str, Any]) -> str:
