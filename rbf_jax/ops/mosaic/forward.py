@@ -398,7 +398,7 @@ class Block:
             acc *= lax.broadcast_in_dim(rescale, acc.shape, [0])
             logits -= lax.broadcast_in_dim(subtract, shape, [0])
         weights = jnp.exp2(logits)
-        total += _sum_of_eights(weights)
+        total += sum_of_eights(weights)
         weights = weights.astype(self.value.dtype)
         # Else the compiler moves the softmax into the turn of the other warpgroup.
         acc, total, maximum, weights = lax.optimization_barrier((acc, total, maximum, weights))
@@ -498,7 +498,7 @@ def blocks_of(length: jax.Array, size: jax.Array) -> jax.Array:
     return lax.div(length + size - 1, size)
 
 
-def _sum_of_eights(x: jax.Array) -> jax.Array:
+def sum_of_eights(x: jax.Array) -> jax.Array:
     """(rows, 8): a thread adds what it has; threads are added once, after the last block."""
     parts = [x[:, i : i + 8] for i in range(0, x.shape[1], 8)]
     while len(parts) > 1:

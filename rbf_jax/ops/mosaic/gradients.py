@@ -58,8 +58,8 @@ def gradients(
             jnp.float32,
             transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
         ),
-        dlogits_written=plgpu.Barrier(num_arrivals=consumers),
-        dlogits_read=plgpu.Barrier(num_arrivals=consumers),
+        dlogits_written=plgpu.Barrier(num_arrivals=consumers, num_barriers=consumers),
+        dlogits_read=plgpu.Barrier(num_barriers=consumers),
     )
     shared = memory_of(key, tiles)
 
@@ -100,48 +100,63 @@ def gradients(
 
 
 class _Block(KeysBlock):
-    """A block of threads, and what its warpgroups do."""
+    """A block of threads, and what its warpgroups do.
+
+    A warpgroup multiplies dSᵀ of its tile of a step one tile later, when the others have written
+    theirs; the last one in the next step. So one is at its sums while another multiplies.
+    """
 
     def __init__(self, own: _Memory, total, arrays, outputs, memory, rules, tiles):
         self.tiles_at_once = tiles.consumers
         self.own, self.total = own, total
         super().__init__(arrays, outputs, memory, rules, tiles)
+        self.is_last = self.warpgroup == tiles.consumers - 1
 
     def step(self, count, step, head, state, whole):
         own, mine, consumers = self.own, self.warpgroup, self.tiles.consumers
-        pl.when(count > 0)(lambda: plgpu.barrier_wait(own.dlogits_read))
         for i in range(consumers):
 
             def keep(dlogits, i=i):
+                pl.when(count > 0)(lambda: plgpu.barrier_wait(own.dlogits_read.at[i]))
                 own.dlogits[i, mine] = dlogits
                 plgpu.commit_smem()
+                plgpu.barrier_arrive(own.dlogits_written.at[i])
 
             slot = self._slot(count * consumers + i)
             state = self.add(slot, step * consumers + i, head, state, whole, keep)
-        plgpu.barrier_arrive(own.dlogits_written)
-        plgpu.barrier_wait(own.dlogits_written)
-        dquery = self._multiply_by_keys()
-        plgpu.barrier_arrive(own.dlogits_read)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        own.dquery[mine] = dquery
-        plgpu.commit_smem()
-        size = self.tiles.block_q
-        rows = pl.ds((step * consumers + mine) * size, size)
-        sums = self.total.at[self.batch, rows, head.number]
-        plgpu.copy_smem_to_gmem(own.dquery.at[mine], sums, reduction_op="add")
+            if i > 0:
+                pl.when(mine == i - 1)(lambda: self._add_queries(step, head))
+            else:
+                pending = self.is_last & (step > self.steps.start)
+                pl.when(pending)(lambda: self._add_queries(step - 1, head))
         return state
 
-    def _multiply_by_keys(self) -> jax.Array:
-        """Σ_j dS_ij k_j of the warpgroup's tile of queries, over the keys of the block."""
+    def after_steps(self, head) -> None:
+        pending = self.is_last & (self.num_steps > 0)
+        pl.when(pending)(lambda: self._add_queries(self.steps.stop - 1, head))
+
+    def _add_queries(self, step, head) -> None:
+        """Adds Σ_j dS_ij k_j of the warpgroup's tile of a step, over the keys of the block."""
+        own, mine, size = self.own, self.warpgroup, self.tiles.block_q
+        plgpu.barrier_wait(own.dlogits_written.at[mine])
 
         def multiply(acc):
             for i in range(self.tiles.consumers):
-                dlogits = self.own.dlogits.at[self.warpgroup, i]
-                plgpu.wgmma(acc, plgpu.transpose_ref(dlogits, (1, 0)), self.memory.key.at[i])
+                dlogits = plgpu.transpose_ref(own.dlogits.at[mine, i], (1, 0))
+                plgpu.wgmma(acc, dlogits, self.memory.key.at[i])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             return acc[...]
 
-        shape = (self.tiles.block_q, self.head_dim)
-        return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+        sums = pl.run_scoped(multiply, plgpu.ACC((size, self.head_dim), jnp.float32))
+        plgpu.barrier_arrive(own.dlogits_read.at[mine])
+        own.dquery[mine] = sums
+        plgpu.commit_smem()
+        rows = pl.ds((step * self.tiles.consumers + mine) * size, size)
+        total = self.total.at[self.batch, rows, head.number]
+        plgpu.copy_smem_to_gmem(own.dquery.at[mine], total, reduction_op="add")
 
     def before_store(self) -> None:
-        pl.when(self.num_steps > 0)(lambda: plgpu.barrier_wait(self.own.dlogits_read))
+        @pl.when(self.num_steps > 0)
+        def _all_have_read_the_keys():
+            for i in range(self.tiles.consumers):
+                plgpu.barrier_wait(self.own.dlogits_read.at[i])

@@ -23,6 +23,7 @@ from rbf_jax.ops.mosaic.forward import (
     extent,
     kernel,
     near_enough,
+    sum_of_eights,
     swizzled,
 )
 from rbf_jax.ops.mosaic.tiles import Tiles
@@ -51,7 +52,7 @@ class _State(NamedTuple):
 
     dkey: jax.Array  # float32 (block_k, H)
     dvalue: jax.Array
-    sums: jax.Array  # float32 (block_k,): Σ_i dS_ij
+    sums: jax.Array  # float32 (block_k, 8): Σ_i dS_ij in parts
 
 
 class Head(NamedTuple):
@@ -223,6 +224,7 @@ class KeysBlock:
         shape = (self.tiles.block_k, self.head_dim)
         zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
         row = plgpu.layout_cast(jnp.zeros(shape[:1], jnp.float32), ROWS)
+        parts = plgpu.layout_cast(jnp.zeros((shape[0], 8), jnp.float32), plgpu.Layout.WGMMA)
         scales, weights, slopes = (self.per_head.at[self.set, i] for i in range(3))
 
         def one_head(member, carry):
@@ -230,8 +232,10 @@ class KeysBlock:
             index = self.key_head * self.group + member
             weight = weights[index]
             head = Head(index, scales[index], norms * weight, slopes[index])
-            state = _State(dk * (old_scale / head.scale), dv, row)
+            state = _State(dk * (old_scale / head.scale), dv, parts)
             dk, dv, sums = self._all_steps(member, head, state)
+            self.after_steps(head)
+            sums = jnp.sum(sums, axis=1)
             memory.columns[mine] = sums
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(
@@ -278,6 +282,9 @@ class KeysBlock:
         """Adds the queries of a step, `count` steps after the first of all heads."""
         return self.add(self._slot(count), step, head, state, whole)
 
+    def after_steps(self, head: Head) -> None:
+        """What is left to do for a head."""
+
     def before_store(self) -> None:
         """What has to happen before the gradients overwrite keys and values."""
 
@@ -312,7 +319,7 @@ class KeysBlock:
             plgpu.wgmma(dvalue, weights.astype(self.value.dtype), dout)
             delta = plgpu.load(memory.rows.at[1, slot], (), layout=COLUMNS)
             dlogits = weights * (dweights - lax.broadcast_in_dim(delta, shape, [1]))
-            sums[...] += jnp.sum(dlogits, axis=1)
+            sums[...] += sum_of_eights(dlogits)
             dlogits = dlogits.astype(self.key.dtype)
             if keep is not None:
                 keep(dlogits)
