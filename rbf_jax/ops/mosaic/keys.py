@@ -297,28 +297,33 @@ class KeysBlock:
         shape = (self.tiles.block_k, self.tiles.block_q)
         query, dout = memory.query.at[slot], memory.dout.at[slot]
 
-        def products(dots, dweights):
-            plgpu.barrier_wait(memory.query_loaded.at[slot])
-            plgpu.wgmma(dots, memory.key.at[mine], plgpu.transpose_ref(query, (1, 0)))
-            plgpu.barrier_wait(memory.dout_loaded.at[slot])
-            plgpu.wgmma(dweights, memory.value.at[mine], plgpu.transpose_ref(dout, (1, 0)))
-            dots = plgpu.wgmma_accumulator_load(dots, wait_n=1)
-            logits = dots * head.scale - lax.broadcast_in_dim(head.weighted_norms, shape, [0])
-            logits = self._with_rules(logits, tile, head, whole)
-            logsumexp = plgpu.load(memory.rows.at[0, slot], (), layout=COLUMNS)
-            weights = jnp.exp2(logits - lax.broadcast_in_dim(logsumexp, shape, [1]))
-            # Else the compiler moves them behind the second product.
-            weights = lax.optimization_barrier(weights)
-            return weights, dweights[...]
+        def products(refs):
+            dweights, weights = refs
 
-        accumulator = plgpu.ACC(shape, jnp.float32)
-        weights, dweights = pl.run_scoped(products, accumulator, accumulator)
+            def with_dots(dots):
+                plgpu.wgmma(dots, memory.key.at[mine], plgpu.transpose_ref(query, (1, 0)))
+                plgpu.barrier_wait(memory.dout_loaded.at[slot])
+                plgpu.wgmma(dweights, memory.value.at[mine], plgpu.transpose_ref(dout, (1, 0)))
+                dots = plgpu.wgmma_accumulator_load(dots, wait_n=1)
+                logits = dots * head.scale - lax.broadcast_in_dim(head.weighted_norms, shape, [0])
+                logits = self._with_rules(logits, tile, head, whole)
+                logsumexp = plgpu.load(memory.rows.at[0, slot], (), layout=COLUMNS)
+                logits -= lax.broadcast_in_dim(logsumexp, shape, [1])
+                # Else the compiler moves them behind the second product.
+                weights[...] = lax.optimization_barrier(jnp.exp2(logits))
+
+            pl.run_scoped(with_dots, plgpu.ACC(shape, jnp.float32))
+
+        plgpu.barrier_wait(memory.query_loaded.at[slot])
+        delta = plgpu.load(memory.rows.at[1, slot], (), layout=COLUMNS)
+        minus_delta = lax.broadcast_in_dim(-delta, shape, [1])
+        nothing = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+        dweights, weights = pl.run_state(products)((plgpu.ACC.init(minus_delta), nothing))
 
         def add(refs):
             dkey, dvalue, sums = refs
             plgpu.wgmma(dvalue, weights.astype(self.value.dtype), dout)
-            delta = plgpu.load(memory.rows.at[1, slot], (), layout=COLUMNS)
-            dlogits = weights * (dweights - lax.broadcast_in_dim(delta, shape, [1]))
+            dlogits = weights * dweights
             sums[...] += sum_of_eights(dlogits)
             dlogits = dlogits.astype(self.key.dtype)
             if keep is not None:
@@ -340,8 +345,12 @@ class KeysBlock:
             for axis in (0, 1)
         )
         columns, rows = columns + self.first_column, rows + tile * self.tiles.block_q
-        allowed = (columns < self.key_stop) & (rows < self.query_stop)
-        rows += self.offset
+        # Beyond the last query the logsumexp is +∞.
+        allowed = columns < (self.key_stop if rules.key_lengths else rules.num_keys)
+        if rules.query_lengths:
+            allowed &= rows < self.query_stop
+        if rules.offset:
+            rows += self.offset
         if rules.slopes:
             logits -= jnp.abs(rows - columns).astype(jnp.float32) * head.slope
         if whole:
