@@ -21,6 +21,8 @@ class Tiles:
       stages: tiles of keys and values in shared memory, at least 2.
       consumers: warpgroups that compute, 1 to 3; one more loads.
       pingpong: two consumers take turns, one in its softmax while the other multiplies.
+      polynomial: for how many of a step's keys the forward pass makes the exponential by a
+        polynomial instead of by the special function unit, a multiple of 64.
       one_kernel: the backward pass is one kernel, whose dq differs in the last bits from run to
         run, and not two.
     """
@@ -31,6 +33,7 @@ class Tiles:
     consumers: int = 2
     pingpong: bool = True
     one_kernel: bool = False
+    polynomial: int = 0
 
     def __post_init__(self):
         if self.block_q < 64 or self.block_q % 64:
@@ -59,16 +62,21 @@ class Tiles:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that computes, and of one that loads."""
-        return _REGISTERS[self.consumers]
+        return (240, 24) if self.one_kernel and self.consumers == 2 else _REGISTERS[self.consumers]
 
     def shared_memory(self, head_dim: int) -> int:
         """Bytes of shared memory of a block of threads, but for barriers."""
+        if self.one_kernel:
+            queries = self.stages * self.block_q * (2 * 2 * head_dim + 8)
+            sums = self.rows * (2 * self.keys + 4 * head_dim)
+            return self.keys * (2 * 2 * head_dim + 4) + queries + sums
         keys = self.stages * self.block_k * (2 * 2 * head_dim + 4)
         return keys + self.rows * (2 * head_dim + 4)
 
     def fits(self, head_dim: int) -> bool:
         """Whether an H100 has the shared memory."""
-        return self.shared_memory(head_dim) + 2048 <= _LARGEST_SHARED_MEMORY
+        reserved = 1024 if self.one_kernel else 2048  # what is rounded up, Mosaic's reductions
+        return self.shared_memory(head_dim) + reserved <= _LARGEST_SHARED_MEMORY
 
 
 _override: list[tuple[Tiles | None, Tiles | None]] = [(None, None)]
@@ -91,12 +99,14 @@ def overridden() -> tuple[Tiles | None, Tiles | None]:
 
 
 def choose(head_dim: int) -> Tiles:
-    """For the forward pass: a first guess, as in jax's example; no sizes have been measured yet.
+    """For the forward pass, by `python -m experiments.bench_mosaic` on an H100.
 
     Args:
       head_dim: one of `HEAD_DIMS`.
     """
-    return Tiles(block_k=128 if head_dim <= 128 else 64)
+    if head_dim == 128:
+        return Tiles(consumers=3, pingpong=False)
+    return Tiles(block_k=128 if head_dim == 64 else 64)
 
 
 def choose_backward(head_dim: int) -> Tiles:
