@@ -15,6 +15,7 @@ from rbf_jax.ops.triton import launch
 T, S = 1031, 2053
 B, N, K = 2, 4, 2
 CALL = re.compile(r"custom_call @mosaic_gpu\w*\(")
+ONE_KERNEL = Tiles(block_k=64, pingpong=False, one_kernel=True)
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +85,24 @@ def test_backward(H):
         assert f"tensor<{B}x{N}x{-(-T // tiles.rows) * tiles.rows}xf32>" in program
 
 
+@pytest.mark.parametrize(
+    ("H", "options"),
+    [(64, {"local_window_size": (100, 50)}), (128, {"is_causal": True, "origin_sink": True})],
+)
+def test_backward_in_one_kernel(H, options):
+    """It adds to an array of zeros that it is given; nothing else does."""
+
+    def loss(*x):
+        return _attend(*x, **options).astype(jnp.float32).sum()
+
+    with override_tiles(None, ONE_KERNEL):
+        program = _program(jax.grad(loss, argnums=(0, 1, 2)), *_shapes(H))
+    calls = [line for line in program.splitlines() if CALL.search(line)]
+    assert len(calls) == 2
+    assert [call.count(".add.tile.bulk_group") > 0 for call in calls] == [False, True]
+    assert ["output_operand_alias<" in call for call in calls] == [False, True]
+
+
 def test_it_is_never_the_default():
     program = _program(functools.partial(rbf_attention, is_causal=True), *_shapes())
     assert not CALL.findall(program)
@@ -146,6 +165,7 @@ def test_chosen_tiles_fit(H):
     assert choose(H).fits(H)
     assert choose_backward(H).fits(H)
     assert not Tiles(block_k=256, stages=4).fits(H)
+    assert ONE_KERNEL.fits(H) == (H < 256)
 
 
 def test_versions_hold_the_one_that_is_tested():

@@ -21,6 +21,7 @@ from tests.ops import adversarial, cases, contract
 from tests.ops.mosaic_interpreter import interpreted
 
 TILES = Tiles(block_k=64)
+ONE_KERNEL = Tiles(block_k=64, pingpong=False, one_kernel=True)
 ADVERSARIAL = {case.name: case for case in adversarial.CASES}
 FORWARD = [
     ("causal_more_queries", "bfloat16", Tiles(block_k=64, consumers=3, pingpong=False)),
@@ -30,6 +31,11 @@ GRADIENTS = [
     ("window_two_sided", "bfloat16", TILES),
     ("lengths_and_sink", "float16", TILES),
     ("alibi", "bfloat16", TILES),
+]
+IN_ONE_KERNEL = [
+    ("grouped", "bfloat16", ONE_KERNEL),
+    ("window_two_sided", "bfloat16", dataclasses.replace(ONE_KERNEL, stages=3)),
+    ("lengths_and_sink", "float16", ONE_KERNEL),
 ]
 LENGTHS_AND_SINK = cases.case(
     "lengths_and_sink",
@@ -81,9 +87,19 @@ def test_values_and_gradients(name, dtype, tiles):
         assert not contract.violations(contract.MOSAIC, BY_NAME[name], dtype)
 
 
-def test_more_steps_than_stages():
-    with override_tiles(TILES):
+@pytest.mark.parametrize(("name", "dtype", "tiles"), IN_ONE_KERNEL, ids=_ids(IN_ONE_KERNEL))
+def test_gradients_in_one_kernel(name, dtype, tiles):
+    with override_tiles(TILES, tiles):
+        assert not contract.violations(contract.MOSAIC, BY_NAME[name], dtype)
+
+
+@pytest.mark.parametrize("backward", [None, ONE_KERNEL], ids=["two", "one"])
+def test_more_steps_than_stages(backward):
+    with override_tiles(TILES, backward):
         assert not contract.violations(contract.MOSAIC, STEPS, "bfloat16")
+
+
+def test_more_steps_than_stages_in_float16():
     assert not _forward_violations(STEPS, "float16")
 
 
@@ -135,9 +151,11 @@ def test_vmap_folds_the_axis_into_the_batch():
 
 
 @pytest.mark.parametrize(
-    ("rule", "starts"), [({"is_causal": True}, (50, 5)), ({"window": (9, 3)}, (-30, -7))], ids=str
+    ("rule", "starts", "backward"),
+    [({"is_causal": True}, (50, 5), ONE_KERNEL), ({"window": (9, 3)}, (-30, -7), None)],
+    ids=["causal", "window"],
 )
-def test_positions_that_are_not_indices(rule, starts):
+def test_positions_that_are_not_indices(rule, starts, backward):
     """As ring attention has them."""
     query, key, value, _, _, dout, dlogsumexp = cases.case("offset", T=40, S=90, N=1, K=1).arrays(
         jnp.bfloat16
@@ -152,7 +170,7 @@ def test_positions_that_are_not_indices(rule, starts):
         results, vjp = jax.vjp(call, query, key, value)
         return *results, *vjp((dout, dlogsumexp))
 
-    with override_tiles(TILES):
+    with override_tiles(TILES, backward):
         got = results(attention.attend)
     for mine, other in zip(got, results(reference.attend), strict=True):
         mine, other = (np.asarray(x, np.float32) for x in (mine, other))
