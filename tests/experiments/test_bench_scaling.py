@@ -77,6 +77,13 @@ def test_a_case_has_its_mesh():
     assert config.mesh.seq == 1
 
 
+def test_the_table_of_the_docs_is_the_measured_one():
+    docs = REPOSITORY / "docs"
+    kept = json.loads((docs / "measurements" / "bench_scaling_gpu.json").read_text())
+    table = "\n".join([bench_scaling.HEADER, *map(bench_scaling._line, kept["results"])])
+    assert table in (docs / "scaling.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
