@@ -37,19 +37,19 @@ TOKENS, WIDTH, ROUNDS, QUEUE_MILLISECONDS = 16384, 2048, 7, 30.0
 _LARGEST_DIFFERENCE = 2e-2  # in units of the largest output
 
 
-# block_k, stages, consumers, pingpong, polynomial
+# block_k, stages, consumers, pingpong
 _SIZES = [
-    *itertools.product((128, 256), (2, 3), (2,), (True, False), (0, 64)),
-    *itertools.product((128,), (2,), (3,), (False,), (0, 64)),
-    *itertools.product((64,), (2,), (2,), (True, False), (0,)),
-    *itertools.product((64,), (2, 3), (1,), (False,), (0,)),
+    *itertools.product((128, 256), (2, 3), (2,), (True, False)),
+    (128, 2, 3, False),
+    *itertools.product((64,), (2,), (2,), (True, False)),
+    *itertools.product((64,), (2, 3), (1,), (False,)),
 ]
 
 
 def candidates(head_dim: int) -> Iterator[Tiles]:
     """Tiles that fit the shared memory, and whose accumulators may fit the registers."""
-    for block_k, stages, consumers, pingpong, polynomial in _SIZES:
-        tiles = Tiles(64, block_k, stages, consumers, pingpong, polynomial=polynomial)
+    for sizes in _SIZES:
+        tiles = Tiles(64, *sizes)
         accumulators = tiles.block_q * (head_dim + tiles.block_k * 3 // 2) // 128
         if tiles.fits(head_dim) and accumulators <= tiles.registers[0] + 32:
             yield tiles

@@ -128,8 +128,8 @@ def rbf_attention(
     Forward-mode derivatives (jvp) and reverse mode twice (grad of grad) need
     ``implementation="reference"``: the others define a custom_vjp and raise there; forward over
     reverse (jvp of grad, a Hessian-vector product) works with "xla" too. jax.export takes "xla"
-    (with constant lengths) and "reference"; the custom calls of "cudnn" and "triton" are none that
-    JAX promises to keep, so name "xla" for what is to be exported, or allow the call by name
+    (with constant lengths) and "reference"; the custom calls of the others are none that JAX
+    promises to keep, so name "xla" for what is to be exported, or allow the call by name
     (``jax.export.DisabledSafetyCheck``).
 
     Args:
@@ -152,8 +152,7 @@ def rbf_attention(
       normalize: False leaves out softmax's denominator: Σ_j exp(−γ‖q_i − k_j‖²) v_j, with λ
         Σ_j exp(2γ q_i·k_j − λγ‖k_j‖² − γ‖q_i‖²) v_j, ALiBi added to the exponents.
       implementation: None takes the best that supports the call, of those measured; "reference",
-        "xla", "cudnn", "triton" or "mosaic" is that one or an error, never another. "mosaic"
-        (compute capability 9.0) has not been run on a GPU yet.
+        "xla", "cudnn", "triton" or "mosaic" is that one or an error, never another.
       return_residual: also return the logsumexp.
 
     Returns:
@@ -224,13 +223,17 @@ def _choose(implementation: str | None, inputs: Inputs, masking: Masking, option
 
 
 def _best(inputs: Inputs, masking: Masking, options: Options):
-    """The first of Triton and cuDNN that supports the call, else XLA, which supports all.
+    """The first of Mosaic, Triton and cuDNN that supports the call, else XLA, which supports all.
 
-    Without key norms this is the dot product for which cuDNN is made, so that then comes first.
+    Mosaic is asked where it is the faster. Without key norms this is the dot product for which
+    cuDNN is made, so that then comes first.
     """
     refused = []
-    no_norms = options.static_key_norm_weight == 0
-    for name in ("cudnn", "triton") if no_norms else ("triton", "cudnn"):
+    names = ["mosaic"] if mosaic.is_faster_than_triton(inputs) else []
+    names += ["triton", "cudnn"]
+    if options.static_key_norm_weight == 0:
+        names.sort(key="cudnn".__ne__)
+    for name in names:
         reason = _BACKENDS[name].unsupported(inputs, masking, options)
         if reason is None:
             _log_choice(f"takes {name!r} where the program is compiled for CUDA, else 'xla'")

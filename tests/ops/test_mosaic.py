@@ -103,9 +103,22 @@ def test_backward_in_one_kernel(H, options):
     assert ["output_operand_alias<" in call for call in calls] == [False, True]
 
 
-def test_it_is_never_the_default():
-    program = _program(functools.partial(rbf_attention, is_causal=True), *_shapes())
-    assert not CALL.findall(program)
+@pytest.mark.parametrize(
+    ("H", "dtype", "version", "options", "calls"),
+    [
+        (64, jnp.bfloat16, "0.11.2", {}, 1),
+        (128, jnp.bfloat16, "0.10.2", {"is_causal": True}, 1),
+        (64, jnp.bfloat16, "0.11.3", {}, 0),
+        (64, jnp.bfloat16, "0.11.2", {"mask": jnp.ones((1, 1, 1, S), bool)}, 0),
+        (80, jnp.bfloat16, "0.11.2", {}, 0),
+        (64, jnp.float16, "0.11.2", {}, 0),
+    ],
+)
+def test_it_is_the_default_where_it_is_faster(monkeypatch, H, dtype, version, options, calls):
+    monkeypatch.setattr(jax, "__version__", version)
+    program = _program(functools.partial(rbf_attention, **options), *_shapes(H, dtype))
+    assert len(CALL.findall(program)) == calls
+    assert calls or "triton_kernel_call" in program
 
 
 @pytest.mark.parametrize(

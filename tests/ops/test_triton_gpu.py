@@ -127,11 +127,21 @@ def test_the_same_bits_under_the_deterministic_flag():
     assert run.stdout.split() == [digest(name) for name in DETERMINISTIC]
 
 
-def test_the_default_is_triton(arrays):
-    text = jax.jit(rbf_attention).lower(*arrays[:3]).as_text()
+def test_the_default():
+    query = jnp.ones((2, 300, 2, 80), jnp.bfloat16)
+    text = jax.jit(rbf_attention).lower(query, query, query).as_text()
     assert "triton_kernel_call" in text
+    assert_same(rbf_attention(query, query, query), triton(query, query, query))
+
+
+@pytest.mark.skipif(
+    jax.devices()[0].compute_capability != "9.0", reason="Mosaic needs compute capability 9.0"
+)
+def test_the_default_on_hopper(arrays):
+    text = jax.jit(rbf_attention).lower(*arrays[:3]).as_text()
+    assert "mosaic_gpu" in text
     out = rbf_attention(*arrays[:3], is_causal=True)
-    assert_same(out, triton(*arrays[:3], is_causal=True))
+    assert_same(out, rbf_attention(*arrays[:3], is_causal=True, implementation="mosaic"))
 
 
 def both(attend, **options):

@@ -2,9 +2,6 @@
 
 The kernels import Pallas, so they are imported where they are called. The residuals are those of
 the Triton kernels.
-
-The kernels run in Mosaic's interpreter and lower for compute capability 9.0; they have not been run
-on a GPU yet. So `implementation=None` never takes them.
 """
 
 from __future__ import annotations
@@ -53,6 +50,11 @@ def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | Non
     if masking.query_segments is not None:
         return "does not support query_segment_ids and key_value_segment_ids"
     return None
+
+
+def is_faster_than_triton(inputs: Inputs) -> bool:
+    """Whether calls like this one were measured to be (docs/kernels.md)."""
+    return inputs.query.dtype == jnp.bfloat16 and inputs.query.shape[-1] in (64, 128)
 
 
 class _Full(NamedTuple):

@@ -22,7 +22,6 @@ from rbf_jax.ops.mosaic.tiles import Tiles
 from rbf_jax.ops.triton.gate import HEADROOM, LARGEST_REFERENCE, SMALLEST_SUM
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a tile of logits
-_POLYNOMIAL = (0.05517165, 0.24261113, 0.69326097, 0.99992806)
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -398,10 +397,9 @@ class Block:
             total *= lax.broadcast_in_dim(rescale, total.shape, [0])
             acc *= lax.broadcast_in_dim(rescale, acc.shape, [0])
             logits -= lax.broadcast_in_dim(subtract, shape, [0])
-        weights = self._exponentials(logits, whole)
-        for part in weights:
-            total += sum_of_eights(part)
-        weights = [part.astype(self.value.dtype) for part in weights]
+        weights = jnp.exp2(logits)
+        total += sum_of_eights(weights)
+        weights = weights.astype(self.value.dtype)
         # Else the compiler moves the softmax into the turn of the other warpgroup.
         acc, total, maximum, weights = lax.optimization_barrier((acc, total, maximum, weights))
         if pingpong:
@@ -411,11 +409,7 @@ class Block:
             plgpu.barrier_wait(memory.turn)
 
         def weighted_values(acc):
-            first = 0
-            for part in weights:
-                keys = pl.ds(first, part.shape[1])
-                plgpu.wgmma(acc, part, memory.value.at[slot, keys])
-                first += part.shape[1]
+            plgpu.wgmma(acc, weights, memory.value.at[slot])
 
             @pl.when(block + 1 < self.blocks.stop)
             def _next_key():
@@ -424,13 +418,6 @@ class Block:
         acc = pl.run_state(weighted_values)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(memory.value_free.at[slot])
         return _State(acc, total, maximum)
-
-    def _exponentials(self, logits: jax.Array, whole: bool) -> list[jax.Array]:
-        """2 to the logits, the last columns by a polynomial: by other units than the first."""
-        if not whole or not self.tiles.polynomial:
-            return [jnp.exp2(logits)]
-        columns = self.tiles.block_k - self.tiles.polynomial
-        return [jnp.exp2(logits[:, :columns]), _exp2_by_polynomial(logits[:, columns:])]
 
     def with_rules(self, logits: jax.Array, block: jax.Array, whole: bool) -> jax.Array:
         """Adds ALiBi, and −∞ where a pair is not allowed."""
@@ -518,24 +505,6 @@ def sum_of_eights(x: jax.Array) -> jax.Array:
         odd = parts[len(parts) & ~1 :]
         parts = [a + b for a, b in zip(parts[::2], parts[1::2])] + odd
     return parts[0]
-
-
-def _exp2_by_polynomial(x: jax.Array) -> jax.Array:
-    """2ˣ for x below 128, within 8e-5 of it; 2⁻¹²⁶ for what is below −126.
-
-    x = n + f with |f| ≤ ½; n is in the last bits of x + 1.5·2²³, and goes into the exponent of a
-    polynomial in f, fitted for the least relative error.
-    """
-    x = jnp.maximum(x, -126.0)
-    shifted = x + 12582912.0
-    f = x - (shifted - 12582912.0)
-    power = jnp.full_like(f, _POLYNOMIAL[0])
-    for coefficient in _POLYNOMIAL[1:]:
-        power = power * f + coefficient
-    exponent = lax.shift_left(lax.bitcast_convert_type(shifted, jnp.int32), 23)
-    return lax.bitcast_convert_type(
-        lax.bitcast_convert_type(power, jnp.int32) + exponent, jnp.float32
-    )
 
 
 def _log2(x: jax.Array) -> jax.Array:

@@ -21,8 +21,6 @@ class Tiles:
       stages: tiles of keys and values in shared memory, at least 2.
       consumers: warpgroups that compute, 1 to 3; one more loads.
       pingpong: two consumers take turns, one in its softmax while the other multiplies.
-      polynomial: for how many of a step's keys the forward pass makes the exponential by a
-        polynomial instead of by the special function unit, a multiple of 64.
       one_kernel: the backward pass is one kernel, whose dq differs in the last bits from run to
         run, and not two.
     """
@@ -33,7 +31,6 @@ class Tiles:
     consumers: int = 2
     pingpong: bool = True
     one_kernel: bool = False
-    polynomial: int = 0
 
     def __post_init__(self):
         if self.block_q < 64 or self.block_q % 64:
@@ -62,7 +59,7 @@ class Tiles:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that computes, and of one that loads."""
-        return (240, 24) if self.one_kernel and self.consumers == 2 else _REGISTERS[self.consumers]
+        return _REGISTERS[self.consumers]
 
     def shared_memory(self, head_dim: int) -> int:
         """Bytes of shared memory of a block of threads, but for barriers."""
@@ -104,9 +101,7 @@ def choose(head_dim: int) -> Tiles:
     Args:
       head_dim: one of `HEAD_DIMS`.
     """
-    if head_dim == 128:
-        return Tiles(consumers=3, pingpong=False)
-    return Tiles(block_k=128 if head_dim == 64 else 64)
+    return Tiles(block_k=128 if head_dim <= 128 else 64)
 
 
 def choose_backward(head_dim: int) -> Tiles:
