@@ -55,9 +55,9 @@ def candidates(head_dim: int) -> Iterator[Tiles]:
             yield tiles
 
 
-def measure(cell: Cell, dtype: jnp.dtype, clock: Clock, say: Callable[[str], None]) -> None:
+def measure(cell: Cell, clock: Clock, say: Callable[[str], None]) -> None:
     """Compiles, compares and times all of a cell, the fastest first."""
-    q, k, v = (x.astype(dtype) for x in cell.arrays()[:3])
+    q, k, v = cell.arrays()[:3]
     contenders: dict[str, Any] = {
         "cuDNN dot product": jax.jit(dot_product(cell, "cudnn")),
         "RBF triton": jax.jit(rbf(cell, "triton")),
@@ -119,8 +119,8 @@ def main(argv: Sequence[str]) -> int:
     clock = Clock()
     for H, T, causal in itertools.product(options.head_dims, options.lengths, (False, True)):
         print(f"H {H} T {T} {'causal' if causal else 'full'} {options.dtype}, by {clock.name}")
-        cell = Cell(max(1, TOKENS // T), T, max(1, WIDTH // H), H, causal)
-        measure(cell, jnp.dtype(options.dtype), clock, lambda line: print(line, flush=True))
+        cell = Cell(max(1, TOKENS // T), T, max(1, WIDTH // H), H, causal, dtype=options.dtype)
+        measure(cell, clock, lambda line: print(line, flush=True))
     return 0
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from experiments.benchmarks.clock import Call
 from rbf_jax import rbf_attention
@@ -39,6 +38,8 @@ class Cell:
     heads: int
     head_dim: int
     causal: bool
+    group: int = 1  # query heads that share a head of keys and values
+    dtype: str = "bfloat16"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -58,7 +59,9 @@ class Cell:
     def arrays(self) -> list[jax.Array]:
         """Random q, k, v and cotangent: on zeros a GPU draws less power and runs faster."""
         keys = jax.random.split(jax.random.key(0), 4)
-        return [jax.random.normal(key, self.shape, jnp.bfloat16) for key in keys]
+        few = (self.batch, self.length, self.heads // self.group, self.head_dim)
+        shapes = (self.shape, few, few, self.shape)
+        return [jax.random.normal(key, shape, self.dtype) for key, shape in zip(keys, shapes)]
 
 
 @dataclasses.dataclass(frozen=True)

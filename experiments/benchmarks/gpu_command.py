@@ -29,6 +29,9 @@ def main(argv: Sequence[str]) -> int:
         rounds=options.rounds,
         seconds=options.seconds,
         memory_lengths=tuple(options.memory_lengths) if options.memory else (),
+        group=options.group,
+        dtype=options.dtype,
+        without=tuple(options.without),
     )
     command = " ".join(["python -m experiments.bench_attention", *argv[1:]])
     measure(settings, command, Path(options.out))
@@ -77,6 +80,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lengths", type=lengths, default=list(settings.lengths))
     parser.add_argument(
         "--head_dims", type=lengths, default=list(settings.head_dims), help="--draw takes the first"
+    )
+    parser.add_argument("--group", type=positive, default=settings.group, help="N/K")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default=settings.dtype)
+    parser.add_argument(
+        "--without", action="append", default=[], help="a contender, by its name in the tables"
     )
     parser.add_argument("--rounds", type=positive, default=settings.rounds)
     parser.add_argument(

@@ -45,6 +45,9 @@ class Settings:
       memory_lengths: T of the memory table; none for no such table.
       matmul_size: of the matrix product that is a ceiling.
       copy_gibibytes: of the pass over memory that is the other.
+      group: query heads that share a head of keys and values.
+      dtype: of all arrays.
+      without: names of contenders that are left out.
     """
 
     lengths: tuple[int, ...] = (512, 1024, 4096, 16384)
@@ -57,15 +60,22 @@ class Settings:
     memory_lengths: tuple[int, ...] = memory_table.LENGTHS
     matmul_size: int = 8192
     copy_gibibytes: float = 2.0
+    group: int = 1
+    dtype: str = "bfloat16"
+    without: tuple[str, ...] = ()
 
     def cells(self) -> list[Cell]:
         """Longest first: what matters most is there if the time is short."""
         return [
-            Cell(max(1, self.tokens // length), length, max(1, self.width // H), H, causal)
+            self._cell(length, H, causal)
             for length in sorted(self.lengths, reverse=True)
             for H in self.head_dims
             for causal in (True, False)
         ]
+
+    def _cell(self, length: int, head_dim: int, causal: bool) -> Cell:
+        batch, heads = max(1, self.tokens // length), max(self.group, self.width // head_dim)
+        return Cell(batch, length, heads, head_dim, causal, self.group, self.dtype)
 
 
 def run(settings: Settings, command: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
@@ -82,7 +92,7 @@ def run(settings: Settings, command: str, say: Callable[[str], None]) -> Iterato
         **environment.describe(),
         "gpu": _gpu_settings(),
         "clock": clock.describe(),
-        "dtype": "bfloat16",
+        "dtype": settings.dtype,
         "settings": dataclasses.asdict(settings),
         "ceilings": ceilings(clock, settings.matmul_size, settings.copy_gibibytes),
         "results": [],
@@ -116,6 +126,8 @@ def measure_cell(cell: Cell, clock: Clock, settings: Settings) -> list[dict[str,
     rows, starting = {}, {}
     for direction in DIRECTIONS:
         for name, start in contenders().items():
+            if name in settings.without:
+                continue
             rows[name, direction] = _empty_row(cell, name, direction)
             with _error_into(rows[name, direction]):
                 starting[name, direction] = start(cell, arrays, direction != "forward")

@@ -36,7 +36,8 @@ def _head(content: Mapping[str, Any]) -> str:
         "# Attention on one GPU, device time\n\n"
         f"`{content['command']}`\n\n"
         f"{content['device']}, {content['date']}; {versions}. "
-        f"B·T = {settings['tokens']:,}, N·H = {settings['width']:,}, {content['dtype']}, random "
+        f"B·T = {settings['tokens']:,}, N·H = {settings['width']:,}, N/K = "
+        f"{settings.get('group', 1)}, {content['dtype']}, random "
         f"normal inputs; median of {settings['rounds']} rounds in which all take turns. Clock: "
         f"{content['clock']['meaning']}. Speed is that of the dot product's time over the "
         'implementation\'s: above 1 is faster. MiB: temporaries and results. "Queued" is the '

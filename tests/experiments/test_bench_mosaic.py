@@ -2,7 +2,6 @@
 
 import re
 
-import jax.numpy as jnp
 import pytest
 
 from experiments import bench_mosaic as program
@@ -32,7 +31,7 @@ def test_measure(monkeypatch):
     monkeypatch.setattr(program, "candidates", lambda _: [Tiles(), wrong])
     monkeypatch.setattr(program, "QUEUE_MILLISECONDS", 0.1)
     lines = []
-    program.measure(cell, jnp.dtype("bfloat16"), Clock(), lines.append)
+    program.measure(cell, Clock(), lines.append)
     assert lines[0] == f"{wrong}: wrong by 1 of the largest output"
     pattern = r" +[0-9.]+ ms +[0-9]+ TFLOP/s +[0-9.]+ (.*)"
     names = {re.fullmatch(pattern, line)[1] for line in lines[1:]}

@@ -1,5 +1,6 @@
 """The GPU suite on a CPU: what fails there is in the table, what runs is measured by the wall."""
 
+import dataclasses
 import functools
 import json
 
@@ -41,7 +42,7 @@ def test_without_a_gpu_the_suite_is_refused(argument, tmp_path, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("option", ["--heads=4", "--dtype=float32", "--memory_limit=1"])
+@pytest.mark.parametrize("option", ["--heads=4", "--batch=2", "--memory_limit=1"])
 def test_options_of_the_quick_suite_are_not_ignored(option, capsys):
     with pytest.raises(SystemExit):
         bench_attention.main(["bench", "--suite=gpu", option])
@@ -219,3 +220,15 @@ def test_the_longest_length_is_run(monkeypatch):
     short, long = memory_table.measure((32, 16), Clock())
     assert "milliseconds" not in short
     assert (long["length"], long["milliseconds"] > 0) == (32, True)
+
+
+def test_groups_and_what_is_left_out():
+    """N/K query heads to a head of keys; a contender that is named is not even compiled."""
+    settings = dataclasses.replace(TINY, group=4, dtype="float16", without=(BASELINE, FLEX))
+    cell = settings.cells()[0]
+    query, key, *_ = cell.arrays()
+    assert query.shape[2] == 4 * key.shape[2]
+    assert query.dtype == key.dtype == jnp.float16
+    rows = gpu_suite.measure_cell(cell, Clock(), settings)
+    names = {row["implementation"] for row in rows}
+    assert names == contenders.contenders().keys() - {BASELINE, FLEX}

@@ -1,6 +1,7 @@
-"""Random calls of the Triton kernels against float64, in several processes.
+"""Random calls of the kernels against float64, in several processes.
 
 python -m tests.ops.random_cases --count=2000 --seed=0     on an NVIDIA GPU
+python -m tests.ops.random_cases --implementation=mosaic   of those that Mosaic takes
 python -m tests.ops.random_cases --count=20 --interpret    by Triton's interpreter
 
 Each case is made of its seed alone. What is compiled is drawn from a limited set of options, each
@@ -12,6 +13,7 @@ runs again.
 import argparse
 import collections
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -104,14 +106,22 @@ def make(seed):
     return case, dtype
 
 
-def violations(seed, make_program=None):
+def takes(implementation, seed):
+    """Whether the implementation supports the case of a seed."""
+    static = static_choices(seed % NUM_STATIC)
+    refused = static["dtype"] == "float32" or static["segments"] or static["mask"]
+    return implementation != "mosaic" or not refused
+
+
+def violations(seed, make_program=None, implementation="triton"):
     """What violates the contract."""
     from tests.ops import contract
 
     case, dtype = make(seed)
     make_program = make_program or contract.program_of
     try:
-        found = contract.violations(contract.TRITON, case, dtype, seed, make_program)
+        subject = {"triton": contract.TRITON, "mosaic": contract.MOSAIC}[implementation]
+        found = contract.violations(subject, case, dtype, seed, make_program)
     except Exception as error:  # a case that cannot be run has failed
         found = [f"{type(error).__name__}: {str(error)[-1000:]}"]
     contract.expected.cache_clear()
@@ -127,7 +137,7 @@ def describe(case):
     return f"{shapes}, {numbers}, {options}"
 
 
-def work(seeds, interpret, reports):
+def work(seeds, implementation, interpret, reports):
     """Runs in a process of its own: reports (seed, violations) of each."""
     if interpret:
         import tests.ops.triton_interpreter  # noqa: F401
@@ -135,15 +145,15 @@ def work(seeds, interpret, reports):
         from rbf_jax.ops.triton import launch
 
         if launch.unavailable():
-            raise SystemExit(f"implementation='triton' {launch.unavailable()}: --interpret")
+            raise SystemExit(f"{implementation!r} {launch.unavailable()}: --interpret")
     from tests.ops import contract
 
     make_program = functools.lru_cache(maxsize=1)(contract.program_of)
     for seed in seeds:
-        reports.put((seed, violations(seed, make_program)))
+        reports.put((seed, violations(seed, make_program, implementation)))
 
 
-def run(seeds, *, interpret, workers):
+def run(seeds, *, implementation, interpret, workers):
     """Yields (seed, violations) of all, as they come; raises where a process dies."""
     shares = collections.defaultdict(list)
     for seed in sorted(seeds, key=lambda seed: seed % (NUM_STATIC * SHAPES_OF_EACH)):
@@ -151,7 +161,7 @@ def run(seeds, *, interpret, workers):
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()
     processes = [
-        context.Process(target=work, args=(share, interpret, reports), daemon=True)
+        context.Process(target=work, args=(share, implementation, interpret, reports), daemon=True)
         for share in shares.values()
     ]
     for process in processes:
@@ -176,6 +186,7 @@ def main():
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0, help="the first")
     parser.add_argument("--seeds", help="these instead, with commas; 'failed': of the file")
+    parser.add_argument("--implementation", choices=("triton", "mosaic"), default="triton")
     parser.add_argument("--interpret", action="store_true", help="by Triton's interpreter")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--save", action="store_true", help="add those that fail to the file")
@@ -186,13 +197,22 @@ def main():
     if given.interpret:
         os.environ |= {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
 
-    seeds = list(range(given.seed, given.seed + given.count))
+    if given.interpret and given.implementation != "triton":
+        parser.error("--interpret is for --implementation=triton")
+    possible = (s for s in itertools.count(given.seed) if takes(given.implementation, s))
+    seeds = list(itertools.islice(possible, given.count))
     if given.seeds is not None:
         listed = failed_seeds() if given.seeds == "failed" else given.seeds.split(",")
         seeds = [int(seed) for seed in listed]
     start, failed = time.monotonic(), []
     for done, (seed, found) in enumerate(
-        run(seeds, interpret=given.interpret, workers=given.workers), 1
+        run(
+            seeds,
+            implementation=given.implementation,
+            interpret=given.interpret,
+            workers=given.workers,
+        ),
+        1,
     ):
         for line in found:
             print(line, flush=True)

@@ -1,6 +1,7 @@
-"""A small run of each Triton kernel under NVIDIA's compute-sanitizer, on a GPU.
+"""A small run of each kernel under NVIDIA's compute-sanitizer, on a GPU.
 
-python3 -m tests.ops.sanitize --tool=memcheck      (and racecheck, initcheck)
+python3 -m tests.ops.sanitize --tool=memcheck      (and racecheck, initcheck; Triton's kernels)
+python3 -m tests.ops.sanitize --tool=memcheck --implementation=mosaic
 
 Every case is run in a process of its own: python3 -m tests.ops.sanitize CASE. Every array is an
 allocation of its own, no CUDA graph hides a launch, and XLA compares no programs of its own (which
@@ -28,7 +29,7 @@ import numpy as np
 
 from rbf_jax import rbf_attention
 from rbf_jax.ops.triton import launch
-from tests.ops import adversarial, cases
+from tests.ops import adversarial, cases, contract
 
 TRIES = 8
 
@@ -48,11 +49,20 @@ CASES = [
 ]
 
 
-def run(name):
-    """All kernels on one case; the last line says which ran, and how often."""
+DTYPES = {"triton": ("bfloat16", "float32"), "mosaic": ("bfloat16", "float16")}
+
+
+def cases_of(implementation):
+    """The cases that it supports."""
+    refused = contract.MOSAIC.refuses if implementation == "mosaic" else frozenset()
+    return [case for case in CASES if not case.features & refused]
+
+
+def run(implementation, name):
+    """All kernels on one case; the last line says which of Triton's ran, and how often."""
     reason = launch.unavailable()
     if reason is not None:
-        raise SystemExit(f"implementation='triton' {reason}.")
+        raise SystemExit(f"implementation={implementation!r} {reason}.")
     ran = collections.Counter()
     bind = launch.run
 
@@ -62,13 +72,13 @@ def run(name):
 
     launch.run = counting
     case = next(case for case in CASES if case.name == name)
-    for dtype in ("bfloat16", "float32"):
+    for dtype in DTYPES[implementation]:
         q, k, v, gamma, weight, dout, dlogsumexp = case.arrays(jnp.dtype(dtype))
         attend = functools.partial(
             rbf_attention,
             gamma=gamma,
             key_norm_weight=weight,
-            implementation="triton",
+            implementation=implementation,
             return_residual=True,
             **case.resolved_options(),
         )
@@ -79,12 +89,13 @@ def run(name):
     print(", ".join(f"{kernel} {count}" for kernel, count in sorted(ran.items())))
 
 
-def sanitize(tool, name):
+def sanitize(tool, implementation, name):
     """Runs a case under the sanitizer; returns whether it is clean and prints what was said."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
     if tool != "initcheck":  # which must see all that is written
         command += ["--kernel-regex", "kns=_kernel"]
     command += [sys.executable, "-m", "tests.ops.sanitize", name]
+    command += ["--implementation", implementation]
     for attempt in range(1, TRIES + 1):  # noqa: B007
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode not in (-signal.SIGSEGV, 128 + signal.SIGSEGV):
@@ -102,14 +113,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("case", nargs="?", help="run it here, without the sanitizer")
     parser.add_argument("--tool", choices=["memcheck", "racecheck", "initcheck"])
+    parser.add_argument("--implementation", choices=sorted(DTYPES), default="triton")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     given = parser.parse_args()
     if given.case:
-        return run(given.case)
+        return run(given.implementation, given.case)
     if not given.tool:
         parser.error("a case or --tool is required")
     with futures.ThreadPoolExecutor(given.workers) as pool:
-        clean = list(pool.map(functools.partial(sanitize, given.tool), [c.name for c in CASES]))
+        check = functools.partial(sanitize, given.tool, given.implementation)
+        clean = list(pool.map(check, [case.name for case in cases_of(given.implementation)]))
     print(f"{given.tool}: {sum(clean)} of {len(clean)} cases clean")
     sys.exit(not all(clean))
 
