@@ -22,6 +22,7 @@ from rbf_jax.ops.mosaic.forward import (
     Block,
     Rules,
     kernel,
+    load,
     swizzled,
 )
 from rbf_jax.ops.mosaic.tiles import Tiles
@@ -108,7 +109,7 @@ class _QueriesBlock(Block):
         plgpu.copy_gmem_to_smem(logsumexp.at[numbers], memory.rows.at[0, mine], loaded)
         plgpu.copy_gmem_to_smem(delta.at[numbers], memory.rows.at[1, mine], loaded)
         plgpu.barrier_wait(loaded)
-        per_row = [plgpu.load(memory.rows.at[i, mine], (), layout=ROWS) for i in range(2)]
+        per_row = [load(memory.rows.at[i, mine], ROWS) for i in range(2)]
         if self.rules.query_lengths:
             inside = self.row_indices() < self.query_stop
             per_row[0] = jnp.where(inside, per_row[0], jnp.inf)
@@ -127,7 +128,7 @@ class _QueriesBlock(Block):
         if self.has_rest():
             dq = section(inner_stop, stop, dq, False)
         dq *= self.numbers[0][...] * _LN2
-        query = plgpu.load(memory.query.at[mine], (), layout=plgpu.Layout.WGMMA)
+        query = load(memory.query.at[mine], plgpu.Layout.WGMMA)
         memory.rows[0, mine] = jnp.sum(query.astype(jnp.float32) * dq, axis=1)
         memory.query[mine] = dq.astype(self.out.dtype)
         plgpu.commit_smem()
@@ -142,14 +143,14 @@ class _QueriesBlock(Block):
         shape = (self.tiles.block_q, self.tiles.block_k)
         logsumexp, delta = (lax.broadcast_in_dim(x, shape, [0]) for x in per_row)
         plgpu.barrier_wait(memory.key_loaded.at[slot])
-        norms = plgpu.load(memory.norms.at[slot], (), layout=COLUMNS)
-        key = plgpu.transpose_ref(memory.key.at[slot], (1, 0))
+        norms = load(memory.norms.at[slot], COLUMNS)
+        key = memory.key.at[slot].transpose((1, 0))
         dots = product(memory.query.at[self.warpgroup], key, shape)
         scale, weight = self.numbers[0][...], self.numbers[1][...]
         logits = dots * scale - lax.broadcast_in_dim(norms * weight, shape, [1])
         weights = jnp.exp2(self.with_rules(logits, block, whole) - logsumexp)
         plgpu.barrier_wait(memory.value_loaded.at[slot])
-        value = plgpu.transpose_ref(memory.value.at[slot], (1, 0))
+        value = memory.value.at[slot].transpose((1, 0))
         dweights = product(memory.dout.at[self.warpgroup], value, shape)
         plgpu.barrier_arrive(memory.value_free.at[slot])
         dlogits = (weights * (dweights - delta)).astype(self.key.dtype)

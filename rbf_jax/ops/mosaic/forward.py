@@ -10,6 +10,7 @@ warpgroup that loads waits for the others' verdict. So one kernel is right on an
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,9 @@ from rbf_jax.ops.triton.gate import HEADROOM, LARGEST_REFERENCE, SMALLEST_SUM
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a tile of logits
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+_LOAD_WANTS_AN_INDEX = (
+    inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +299,7 @@ class Block:
     def _bound(self) -> tuple[jax.Array, jax.Array]:
         """The largest bound of the tile's logits, and whether it can be measured from."""
         query = self.memory.query.at[self.warpgroup]
-        query = plgpu.load(query, (), layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        query = load(query, plgpu.Layout.WGMMA).astype(jnp.float32)
         scale, weight = self.scale, self.weight
         largest = self._largest(jnp.sum(query * query, axis=1))
         bound = largest * scale * scale / (4 * weight)
@@ -310,7 +314,7 @@ class Block:
         rows = self.memory.rows.at[self.warpgroup]
         rows[...] = numbers
         plgpu.commit_smem()
-        return jnp.max(plgpu.load(rows, (), layout=COLUMNS), axis=0)
+        return jnp.max(load(rows, COLUMNS), axis=0)
 
     def row_indices(self) -> jax.Array:
         """Of the queries of the warpgroup's tile."""
@@ -375,14 +379,14 @@ class Block:
         shape = (self.tiles.block_q, self.tiles.block_k)
 
         def products(acc):
-            key = plgpu.transpose_ref(memory.key.at[slot], (1, 0))
+            key = memory.key.at[slot].transpose((1, 0))
             plgpu.wgmma(acc, memory.query.at[self.warpgroup], key)
             if pingpong:
                 self._hand_over()
             return acc[...]
 
         dots = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
-        norms = plgpu.load(memory.norms.at[slot], (), layout=COLUMNS)
+        norms = load(memory.norms.at[slot], COLUMNS)
         plgpu.barrier_arrive(memory.key_free.at[slot])
         subtract = lax.broadcast_in_dim(norms * self.weight + reference, shape, [1])
         logits = self.with_rules(dots * self.scale - subtract, block, whole)
@@ -465,6 +469,12 @@ class Block:
             memory.rows.at[mine], self.logsumexp.at[self.batch, self.head, rows]
         )
         plgpu.wait_smem_to_gmem(0)
+
+
+def load(ref, layout) -> jax.Array:
+    """All of a reference; jax 0.10.2 wants an index, 0.11.2 does not."""
+    whole = ((),) if _LOAD_WANTS_AN_INDEX else ()
+    return plgpu.load(ref, *whole, layout=layout)
 
 
 def swizzled(like: jax.Array, *shape: int) -> Any:
