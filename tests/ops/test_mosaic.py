@@ -77,11 +77,9 @@ def test_backward(H):
         return out.astype(jnp.float32).sum() + logsumexp.sum()
 
     program = _program(jax.grad(loss, argnums=(0, 1, 2)), *_shapes(H))
-    assert len(CALL.findall(program)) == 3
-    for tiles in (
-        choose(H if H in HEAD_DIMS else 128),
-        choose_backward(H if H in HEAD_DIMS else 128),
-    ):
+    H = H if H in HEAD_DIMS else 128
+    assert len(CALL.findall(program)) == (2 if choose_backward(H).one_kernel else 3)
+    for tiles in (choose(H), choose_backward(H)):
         assert f"tensor<{B}x{N}x{-(-T // tiles.rows) * tiles.rows}xf32>" in program
 
 
@@ -175,8 +173,11 @@ def test_tiles_say_what_is_wrong_with_them(change, requirement):
 
 @pytest.mark.parametrize("H", HEAD_DIMS)
 def test_chosen_tiles_fit(H):
-    assert choose(H).fits(H)
-    assert choose_backward(H).fits(H)
+    assert choose(H, True).fits(H)
+    assert choose(H, False).fits(H)
+    for deterministic in (False, True):
+        assert choose_backward(H, deterministic=deterministic).fits(H)
+    assert not choose_backward(H, deterministic=True).one_kernel
     assert not Tiles(block_k=256, stages=4).fits(H)
     assert ONE_KERNEL.fits(H) == (H < 256)
 

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rbf_jax.ops.mosaic.forward import Rules
-from rbf_jax.ops.mosaic.keys import KeysBlock, KeysMemory, memory_of, results_and_grid
+from rbf_jax.ops.mosaic.keys import KeysBlock, KeysMemory, hidden, memory_of, results_and_grid
 from rbf_jax.ops.mosaic.tiles import Tiles
 
 
@@ -137,13 +137,15 @@ class _Block(KeysBlock):
 
     def _add_queries(self, step, head) -> None:
         """Adds Σ_j dS_ij k_j of the warpgroup's tile of a step, over the keys of the block."""
-        own, mine, size = self.own, self.warpgroup, self.tiles.block_q
+        own, size = self.own, self.tiles.block_q
+        [mine] = hidden(self.warpgroup)
         plgpu.barrier_wait(own.dlogits_written.at[mine])
 
         def multiply(acc):
             for i in range(self.tiles.consumers):
-                dlogits = plgpu.transpose_ref(own.dlogits.at[mine, i], (1, 0))
-                plgpu.wgmma(acc, dlogits, self.memory.key.at[i])
+                [keys] = hidden(jnp.int32(i))
+                dlogits = own.dlogits.at[mine, keys].transpose((1, 0))
+                plgpu.wgmma(acc, dlogits, self.memory.key.at[keys])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             return acc[...]
 

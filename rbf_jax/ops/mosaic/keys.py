@@ -22,6 +22,7 @@ from rbf_jax.ops.mosaic.forward import (
     blocks_of,
     extent,
     kernel,
+    load,
     near_enough,
     sum_of_eights,
     swizzled,
@@ -117,6 +118,15 @@ def memory_of(key: jax.Array, tiles: Tiles) -> KeysMemory:
         query_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         dout_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
     )
+
+
+def hidden(*numbers: jax.Array) -> tuple[jax.Array, ...]:
+    """The numbers, unknown to the compiler.
+
+    What it makes of known ones, as descriptors of tiles, it makes before the loop and then has no
+    registers for it.
+    """
+    return tuple(lax.optimization_barrier(numbers))
 
 
 class KeysBlock:
@@ -220,7 +230,7 @@ class KeysBlock:
         norms = self.norms.at[self.batch, self.key_head, columns]
         plgpu.copy_gmem_to_smem(norms, memory.columns.at[mine], loaded)
         plgpu.barrier_wait(loaded)
-        norms = plgpu.load(memory.columns.at[mine], (), layout=ROWS)
+        norms = load(memory.columns.at[mine], ROWS)
         shape = (self.tiles.block_k, self.head_dim)
         zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
         row = plgpu.layout_cast(jnp.zeros(shape[:1], jnp.float32), ROWS)
@@ -247,7 +257,7 @@ class KeysBlock:
         first = scales[self.key_head * self.group]
         carry = (zeros, zeros, row, first)
         dk, dv, norm_part, scale = lax.fori_loop(0, self.group, one_head, carry)
-        key = plgpu.load(memory.key.at[mine], (), layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        key = load(memory.key.at[mine], plgpu.Layout.WGMMA).astype(jnp.float32)
         dk = dk * (scale * _LN2) - lax.broadcast_in_dim(norm_part, shape, [0]) * key
         self.before_store()
         memory.key[mine] = dk.astype(dkey.dtype)
@@ -293,37 +303,33 @@ class KeysBlock:
 
         `keep` is called with dS, (keys, queries), in the dtype of the keys.
         """
-        memory, mine = self.memory, self.warpgroup
+        memory = self.memory
+        mine, slot = hidden(self.warpgroup, slot)
         shape = (self.tiles.block_k, self.tiles.block_q)
         query, dout = memory.query.at[slot], memory.dout.at[slot]
 
-        def products(refs):
-            dweights, weights = refs
+        def products(dots, dweights):
+            plgpu.barrier_wait(memory.query_loaded.at[slot])
+            plgpu.wgmma(dots, memory.key.at[mine], query.transpose((1, 0)))
+            plgpu.barrier_wait(memory.dout_loaded.at[slot])
+            plgpu.wgmma(dweights, memory.value.at[mine], dout.transpose((1, 0)))
+            dots = plgpu.wgmma_accumulator_load(dots, wait_n=1)
+            logits = dots * head.scale - lax.broadcast_in_dim(head.weighted_norms, shape, [0])
+            logits = self._with_rules(logits, tile, head, whole)
+            logsumexp = load(memory.rows.at[0, slot], COLUMNS)
+            # Else the compiler moves them behind the second product.
+            weights = jnp.exp2(logits - lax.broadcast_in_dim(logsumexp, shape, [1]))
+            weights = lax.optimization_barrier(weights)
+            return weights, dweights[...]
 
-            def with_dots(dots):
-                plgpu.wgmma(dots, memory.key.at[mine], plgpu.transpose_ref(query, (1, 0)))
-                plgpu.barrier_wait(memory.dout_loaded.at[slot])
-                plgpu.wgmma(dweights, memory.value.at[mine], plgpu.transpose_ref(dout, (1, 0)))
-                dots = plgpu.wgmma_accumulator_load(dots, wait_n=1)
-                logits = dots * head.scale - lax.broadcast_in_dim(head.weighted_norms, shape, [0])
-                logits = self._with_rules(logits, tile, head, whole)
-                logsumexp = plgpu.load(memory.rows.at[0, slot], (), layout=COLUMNS)
-                logits -= lax.broadcast_in_dim(logsumexp, shape, [1])
-                # Else the compiler moves them behind the second product.
-                weights[...] = lax.optimization_barrier(jnp.exp2(logits))
-
-            pl.run_scoped(with_dots, plgpu.ACC(shape, jnp.float32))
-
-        plgpu.barrier_wait(memory.query_loaded.at[slot])
-        delta = plgpu.load(memory.rows.at[1, slot], (), layout=COLUMNS)
-        minus_delta = lax.broadcast_in_dim(-delta, shape, [1])
-        nothing = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-        dweights, weights = pl.run_state(products)((plgpu.ACC.init(minus_delta), nothing))
+        accumulator = plgpu.ACC(shape, jnp.float32)
+        weights, dweights = pl.run_scoped(products, accumulator, accumulator)
 
         def add(refs):
             dkey, dvalue, sums = refs
             plgpu.wgmma(dvalue, weights.astype(self.value.dtype), dout)
-            dlogits = weights * dweights
+            delta = load(memory.rows.at[1, slot], COLUMNS)
+            dlogits = weights * (dweights - lax.broadcast_in_dim(delta, shape, [1]))
             sums[...] += sum_of_eights(dlogits)
             dlogits = dlogits.astype(self.key.dtype)
             if keep is not None:

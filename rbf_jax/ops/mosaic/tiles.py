@@ -59,7 +59,7 @@ class Tiles:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that computes, and of one that loads."""
-        return _REGISTERS[self.consumers]
+        return (240, 24) if self.one_kernel and self.consumers == 2 else _REGISTERS[self.consumers]
 
     def shared_memory(self, head_dim: int) -> int:
         """Bytes of shared memory of a block of threads, but for barriers."""
@@ -95,20 +95,24 @@ def overridden() -> tuple[Tiles | None, Tiles | None]:
     return _override[-1]
 
 
-def choose(head_dim: int) -> Tiles:
+def choose(head_dim: int, plain: bool) -> Tiles:
     """For the forward pass, by `python -m experiments.bench_mosaic` on an H100.
 
     Args:
       head_dim: one of `HEAD_DIMS`.
+      plain: no rule cuts blocks of keys, and there is no running maximum: a step may be longer.
     """
-    return Tiles(block_k=128 if head_dim <= 128 else 64)
+    return Tiles(block_k={64: 256 if plain else 128, 128: 128, 256: 64}[head_dim])
 
 
-def choose_backward(head_dim: int) -> Tiles:
+def choose_backward(head_dim: int, *, deterministic: bool = False) -> Tiles:
     """For the backward pass, likewise.
 
     Args:
       head_dim: one of `HEAD_DIMS`.
+      deterministic: gradients that are the same, to the bit, from run to run.
     """
+    if head_dim == 64 and not deterministic:
+        return Tiles(block_k=64, stages=3, pingpong=False, one_kernel=True)
     consumers = 2 if head_dim <= 128 else 1
     return Tiles(block_k=64, consumers=consumers, pingpong=False)
