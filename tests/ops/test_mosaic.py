@@ -79,7 +79,7 @@ def test_backward(H):
     program = _program(jax.grad(loss, argnums=(0, 1, 2)), *_shapes(H))
     H = H if H in HEAD_DIMS else 128
     assert len(CALL.findall(program)) == (2 if choose_backward(H).one_kernel else 3)
-    for tiles in (choose(H), choose_backward(H)):
+    for tiles in (choose(H, False), choose_backward(H)):
         assert f"tensor<{B}x{N}x{-(-T // tiles.rows) * tiles.rows}xf32>" in program
 
 
@@ -99,6 +99,26 @@ def test_backward_in_one_kernel(H, options):
     assert len(calls) == 2
     assert [call.count(".add.tile.bulk_group") > 0 for call in calls] == [False, True]
     assert ["output_operand_alias<" in call for call in calls] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("flags", "calls"),
+    [
+        ("", 2),
+        ("--xla_gpu_deterministic_ops=false", 2),
+        ("--xla_a=b --xla_gpu_deterministic_ops=true", 3),
+        ("--xla_gpu_exclude_nondeterministic_ops --xla_a=b", 3),
+    ],
+)
+def test_backward_under_the_deterministic_flag(monkeypatch, flags, calls):
+    """One kernel adds to dq in the order of its blocks' ends; two have an order of their own."""
+    monkeypatch.setenv("XLA_FLAGS", flags)
+
+    def loss(*x):
+        return _attend(*x).astype(jnp.float32).sum()
+
+    program = _program(jax.grad(loss, argnums=(0, 1, 2)), *_shapes(64))
+    assert len(CALL.findall(program)) == calls
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import re
 from typing import NamedTuple
 
 import jax
@@ -24,6 +26,9 @@ from rbf_jax.ops.vmap import folding_vmap
 _LOG2E = 1.4426950408889634
 # Mosaic GPU changes with every version of jax: those that the kernels are written for.
 _JAX_VERSIONS = ("0.10.2", "0.11.2")
+_DETERMINISTIC = re.compile(
+    r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=(true|1))?(\s|$)", re.IGNORECASE
+)
 # A TMA load of swizzled tiles needs lengths that are multiples of 8.
 _ALIGNMENT = 8
 
@@ -82,6 +87,7 @@ class _Plan:
     """All static choices of a call; hashable, since compiled programs are kept by it."""
 
     options: Options
+    deterministic: bool
     tiles: Tiles | None
     backward_tiles: Tiles | None
 
@@ -128,9 +134,10 @@ def _forward_kernel(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Arra
     from rbf_jax.ops.mosaic.forward import forward
 
     bounded = full.query.dtype == jnp.bfloat16 and plan.options.static_key_norm_weight is None
-    tiles = plan.tiles or choose(_padded_head_dim(full.query.shape[-1]))
-    inputs = _inputs(full, shared, tiles)
     rules = _rules(plan, full, shared, online=not bounded)
+    plain = bounded and not rules.causal and plan.options.window is None
+    tiles = plan.tiles or choose(_padded_head_dim(full.query.shape[-1]), plain)
+    inputs = _inputs(full, shared, tiles)
     out, logsumexp = forward(*inputs, rules=rules, tiles=tiles)
     _, T, _, H = full.query.shape
     return out[:, :T, :, :H], logsumexp
@@ -140,7 +147,9 @@ def _backward_kernels(plan: _Plan, full: _Full, rows: triton.Rows, shared: _Shar
     """The gradients; the moments still have a batch axis."""
     _, T, N, H = full.query.shape
     S, K = full.key.shape[1:3]
-    tiles = plan.backward_tiles or choose_backward(_padded_head_dim(H))
+    tiles = plan.backward_tiles or choose_backward(
+        _padded_head_dim(H), deterministic=plan.deterministic
+    )
     inputs = _inputs(full, shared, tiles)
     delta = jnp.einsum("btnh,btnh->btn", rows.out, rows.dout, preferred_element_type=jnp.float32)
     if rows.dlogsumexp is not None:
@@ -255,7 +264,12 @@ def _plan(options: Options) -> _Plan:
         options.origin_sink,
         static_key_norm_weight=0.0 if weight is not None and weight <= 0 else None,
     )
-    return _Plan(needed, *overridden())
+    return _Plan(needed, _deterministic(), *overridden())
+
+
+def _deterministic() -> bool:
+    """Whether XLA's own operations are to give the same bits from run to run."""
+    return _DETERMINISTIC.search(os.environ.get("XLA_FLAGS", "")) is not None
 
 
 def _split(inputs: Inputs, masking: Masking) -> tuple[_Full, _Shared]:
