@@ -21,6 +21,9 @@ from rbf_jax.ops.mosaic.forward import Rules
 from rbf_jax.ops.mosaic.keys import KeysBlock, KeysMemory, hidden, memory_of, results_and_grid
 from rbf_jax.ops.mosaic.tiles import Tiles
 
+# No reduction goes across warps.
+_PARAMETERS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
+
 
 class _Memory(NamedTuple):
     """What `keys` does not have."""
@@ -84,8 +87,7 @@ def gradients(
         with_memory,
         out_type=results,
         mesh=mesh,
-        # No reduction goes across warps.
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        compiler_params=_PARAMETERS,
         interpret=None,
         name=rbf_attention_gradients.__name__,
     )
@@ -162,3 +164,5 @@ class _Block(KeysBlock):
         def _all_have_read_the_keys():
             for i in range(self.tiles.consumers):
                 plgpu.barrier_wait(self.own.dlogits_read.at[i])
+
+        plgpu.commit_smem()  # what the warpgroup has read of its keys is read
