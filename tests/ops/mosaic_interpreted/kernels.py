@@ -21,20 +21,20 @@ from tests.ops import adversarial, cases, contract
 from tests.ops.mosaic_interpreter import interpreted
 
 TILES = Tiles(block_k=64)
-ONE_KERNEL = Tiles(block_k=64, pingpong=False, one_kernel=True)
+TWO_KERNELS = Tiles(block_k=64, pingpong=False)
+ONE_KERNEL = dataclasses.replace(TWO_KERNELS, one_kernel=True)
 ADVERSARIAL = {case.name: case for case in adversarial.CASES}
 FORWARD = [
+    ("multi_query", "bfloat16", Tiles(block_k=64, consumers=1, pingpong=False)),
     ("causal_more_queries", "bfloat16", Tiles(block_k=64, consumers=3, pingpong=False)),
 ]
 GRADIENTS = [
-    ("multi_query", "bfloat16", Tiles(block_k=64, consumers=1, pingpong=False)),
-    ("window_two_sided", "bfloat16", TILES),
-    ("lengths_and_sink", "float16", TILES),
-    ("alibi", "bfloat16", TILES),
-]
-IN_ONE_KERNEL = [
+    ("multi_query", "bfloat16", dataclasses.replace(TWO_KERNELS, consumers=1)),
+    ("window_two_sided", "bfloat16", TWO_KERNELS),
+    ("lengths_and_sink", "float16", TWO_KERNELS),
+    ("alibi", "bfloat16", TWO_KERNELS),
     ("grouped", "bfloat16", ONE_KERNEL),
-    ("window_two_sided", "bfloat16", dataclasses.replace(ONE_KERNEL, stages=3)),
+    ("window_two_sided", "float16", dataclasses.replace(ONE_KERNEL, stages=3)),
     ("lengths_and_sink", "float16", ONE_KERNEL),
 ]
 LENGTHS_AND_SINK = cases.case(
@@ -73,7 +73,7 @@ def _forward_violations(case, dtype="bfloat16", tiles=TILES):
 
 
 def _ids(runs):
-    return [f"{name}-{dtype}" for name, dtype, _ in runs]
+    return [f"{name}-{dtype}-{'one' if tiles.one_kernel else 'two'}" for name, dtype, tiles in runs]
 
 
 @pytest.mark.parametrize(("name", "dtype", "tiles"), FORWARD, ids=_ids(FORWARD))
@@ -83,17 +83,11 @@ def test_values(name, dtype, tiles):
 
 @pytest.mark.parametrize(("name", "dtype", "tiles"), GRADIENTS, ids=_ids(GRADIENTS))
 def test_values_and_gradients(name, dtype, tiles):
-    with override_tiles(tiles):
-        assert not contract.violations(contract.MOSAIC, BY_NAME[name], dtype)
-
-
-@pytest.mark.parametrize(("name", "dtype", "tiles"), IN_ONE_KERNEL, ids=_ids(IN_ONE_KERNEL))
-def test_gradients_in_one_kernel(name, dtype, tiles):
     with override_tiles(TILES, tiles):
         assert not contract.violations(contract.MOSAIC, BY_NAME[name], dtype)
 
 
-@pytest.mark.parametrize("backward", [None, ONE_KERNEL], ids=["two", "one"])
+@pytest.mark.parametrize("backward", [TWO_KERNELS, ONE_KERNEL], ids=["two", "one"])
 def test_more_steps_than_stages(backward):
     with override_tiles(TILES, backward):
         assert not contract.violations(contract.MOSAIC, STEPS, "bfloat16")
@@ -152,7 +146,7 @@ def test_vmap_folds_the_axis_into_the_batch():
 
 @pytest.mark.parametrize(
     ("rule", "starts", "backward"),
-    [({"is_causal": True}, (50, 5), ONE_KERNEL), ({"window": (9, 3)}, (-30, -7), None)],
+    [({"is_causal": True}, (50, 5), ONE_KERNEL), ({"window": (9, 3)}, (-30, -7), TWO_KERNELS)],
     ids=["causal", "window"],
 )
 def test_positions_that_are_not_indices(rule, starts, backward):
