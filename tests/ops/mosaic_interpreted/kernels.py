@@ -45,6 +45,17 @@ LENGTHS_AND_SINK = cases.case(
 )
 BY_NAME = {**cases.BY_NAME, LENGTHS_AND_SINK.name: LENGTHS_AND_SINK}
 STEPS = cases.case("steps", T=130, S=300, B=1, N=1, K=1)
+# Some of the steps are within all rules, others are not.
+WHOLE_STEPS = cases.case(
+    "whole_steps",
+    T=520,
+    S=260,
+    B=2,
+    N=1,
+    K=1,
+    local_window_size=(270, 0),
+    key_value_seq_lengths=lambda *_: np.array([256, 140], np.int32),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -88,9 +99,10 @@ def test_values_and_gradients(name, dtype, tiles):
 
 
 @pytest.mark.parametrize("backward", [TWO_KERNELS, ONE_KERNEL], ids=["two", "one"])
-def test_more_steps_than_stages(backward):
+@pytest.mark.parametrize("case", [STEPS, WHOLE_STEPS], ids=lambda case: case.name)
+def test_more_steps_than_stages(case, backward):
     with override_tiles(TILES, backward):
-        assert not contract.violations(contract.MOSAIC, STEPS, "bfloat16")
+        assert not contract.violations(contract.MOSAIC, case, "bfloat16")
 
 
 def test_more_steps_than_stages_in_float16():
