@@ -4,7 +4,14 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from rbf_jax.training import train
+from tests.compiling import without_optimizations
 from tests.training.tiny import tiny_config, write_corpus
+
+
+@pytest.fixture(scope="package", autouse=True)
+def compile_quickly():
+    with without_optimizations():
+        yield
 
 
 @pytest.fixture(scope="package", autouse=True)
