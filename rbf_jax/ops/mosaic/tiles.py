@@ -112,7 +112,8 @@ def choose_backward(head_dim: int, *, deterministic: bool = False) -> Tiles:
       head_dim: one of `HEAD_DIMS`.
       deterministic: gradients that are the same, to the bit, from run to run.
     """
-    if head_dim == 64 and not deterministic:
-        return Tiles(block_k=64, stages=3, pingpong=False, one_kernel=True)
+    if head_dim <= 128 and not deterministic:
+        stages = 3 if head_dim == 64 else 2
+        return Tiles(block_k=64, stages=stages, pingpong=False, one_kernel=True)
     consumers = 2 if head_dim <= 128 else 1
     return Tiles(block_k=64, consumers=consumers, pingpong=False)
