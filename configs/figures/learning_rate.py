@@ -33,6 +33,6 @@ def get_config(scale: str):
                     },
                 )
             },
-            "lengths": False,
+            "lengths": (),
         }
     )

@@ -8,15 +8,16 @@ from ml_collections import ConfigDict
 
 
 def get_config(scale: str):
-    """Returns what is trained; without the product with the sink at the scale "smoke"."""
+    """Returns what is trained; at the scale "smoke" without the sink, and 4 start at zero only."""
+    starts = ("zero", "zero", "normal", "zero", "normal")[: 4 if scale == "smoke" else 5]
     sinks = (False,) if scale == "smoke" else (False, True)
     return ConfigDict(
         {
             "space": {
                 "rbf": (
                     {
-                        "model.num_registers": (0, 1, 1, 4, 4),
-                        "model.register_init": ("zero", "zero", "normal", "zero", "normal"),
+                        "model.num_registers": (0, 1, 1, 4, 4)[: len(starts)],
+                        "model.register_init": starts,
                     },
                     {"model.attention.origin_sink": sinks},
                 ),
@@ -29,6 +30,6 @@ def get_config(scale: str):
                     },
                 ),
             },
-            "lengths": False,
+            "lengths": (),
         }
     )

@@ -29,6 +29,6 @@ def get_config(scale: str):
                 ),
                 "kinds": ({"model.positions": ("susie", "rope")}, kinds),
             },
-            "lengths": False,
+            "lengths": (),
         }
     )

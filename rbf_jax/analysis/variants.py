@@ -24,15 +24,12 @@ class Variant:
     lengths: tuple[int, ...] = ()
 
 
-LENGTHS = (1, 2, 4, 8)
-
-
 def variants(figure: Any, base: Mapping[str, Any]) -> list[Variant]:
     """Returns the variants of a figure's configuration, each once, in its order.
 
     Args:
-      figure: of configs/figures: a space in the grammar of sweeps, and whether to evaluate at
-        other lengths.
+      figure: of configs/figures: a space in the grammar of sweeps, and the multiples of the context
+        length to evaluate at.
       base: the configuration that all start from.
 
     Raises:
@@ -44,7 +41,7 @@ def variants(figure: Any, base: Mapping[str, Any]) -> list[Variant]:
         for point in part.points():
             changes = {k: v for k, v in point.values.items() if flat.get(k, None) != v}
             name = name_of(changes)
-            found.setdefault(name, Variant(name, changes, LENGTHS if figure["lengths"] else ()))
+            found.setdefault(name, Variant(name, changes, tuple(figure["lengths"])))
     return list(found.values())
 
 

@@ -37,7 +37,7 @@ def test_what_two_figures_want_is_trained_once_with_all_lengths():
     names = [v.name for v in both]
     assert len(set(names)) == len(names) < len(of("twins")) + len(of("positions"))
     (base,) = (v for v in both if v.name == "base")
-    assert base.lengths == variants.LENGTHS
+    assert base.lengths == (1, 2, 4, 8)
     (only_twins,) = (v for v in both if v.name == "qk_norm=True")
     assert only_twins.lengths == ()
 
@@ -47,4 +47,4 @@ def test_controls_of_longer_contexts_are_variants_of_the_first_figure():
     controls = [v for v in of("positions") if "dot_scale" in v.name or "qk_norm" in v.name]
     assert len(controls) == 4
     assert {v.name for v in controls} <= twins
-    assert {v.lengths for v in controls} == {variants.LENGTHS}
+    assert {v.lengths for v in controls} == {(1, 2, 4, 8)}

@@ -5,10 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiling import without_optimizations
 from tests.training.tiny import write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
 SMOKE = f"--config={REPOSITORY / 'configs' / 'smoke.py'}"
+
+
+@pytest.fixture(scope="package", autouse=True)
+def compile_quickly():
+    with without_optimizations():
+        yield
 
 
 @pytest.fixture(scope="package")
@@ -28,6 +35,7 @@ def start(tmp_path_factory):
     ]
     environment = {
         **os.environ,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # Bit-identical as users compile it.
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
