@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 
@@ -24,6 +26,18 @@ def vary_like(arrays, others):
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, arrays)
+
+
+def struct_like(shape: tuple[int, ...], dtype: Any, other: jax.Array) -> jax.ShapeDtypeStruct:
+    """What a Pallas kernel writes that varies over the mesh axes that another array varies over."""
+    if not varies(other):
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(other).manual_axis_type)
+
+
+def varies(x: jax.Array) -> bool:
+    """Whether it varies over any mesh axis, of a shard_map that checks this (`check_vma`)."""
+    return bool(_varying_axes(x))
 
 
 def _varying_axes(x: jax.Array) -> frozenset[str]:

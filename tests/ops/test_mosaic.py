@@ -5,12 +5,15 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
 from rbf_jax.ops.mosaic import attention
 from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, choose_backward, override_tiles
 from rbf_jax.ops.triton import launch
+from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 
 T, S = 1031, 2053
 B, N, K = 2, 4, 2
@@ -204,3 +207,39 @@ def test_chosen_tiles_fit(H):
 
 def test_versions_hold_the_one_that_is_tested():
     assert jax.__version__ in attention._JAX_VERSIONS
+
+
+class TestTransformations:
+    """What models do with an operation; one kernel forward and one backward."""
+
+    def _loss(self, *inputs):
+        out, logsumexp = _attend(*inputs, is_causal=True, return_residual=True)
+        return out.astype(jnp.float32).sum() + logsumexp.sum()
+
+    def test_vmap_folds_the_axis_into_the_batch(self):
+        shapes = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in _shapes()]
+        program = _program(jax.vmap(jax.grad(self._loss, argnums=(0, 1, 2))), *shapes)
+        assert len(CALL.findall(program)) == 2
+        assert f"tensor<{3 * B}x{T + 1}x{N}x64xbf16>" in program
+
+    @pytest.mark.parametrize(("names", "calls"), [((), 3), ((OUTPUT_NAME, LOGSUMEXP_NAME), 2)])
+    def test_remat_keeps_what_its_policy_names(self, names, calls):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        checkpointed = jax.checkpoint(self._loss, policy=policy)
+        program = _program(jax.value_and_grad(checkpointed, argnums=(0, 1, 2)), *_shapes())
+        assert len(CALL.findall(program)) == calls
+
+    @pytest.mark.parametrize(("check_vma", "calls"), [(True, 3), (False, 2)])
+    def test_shard_map(self, check_vma, calls):
+        """Where varying axes are checked nothing can be added to: two backward kernels."""
+        mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:2]), ("data",))
+        sharded = jax.shard_map(
+            _attend, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma
+        )
+
+        def loss(*inputs):
+            return sharded(*inputs).astype(jnp.float32).sum()
+
+        program = _program(jax.grad(loss, argnums=(0, 1, 2)), *_shapes())
+        assert len(CALL.findall(program)) == calls
+        assert "all_gather" not in program

@@ -20,6 +20,7 @@ from rbf_jax.ops.partition import by_batch_and_heads
 from rbf_jax.ops.triton import attention as triton
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.types import Inputs, Masking, Options
+from rbf_jax.ops.varying import varies, vary_like, vary_together
 from rbf_jax.ops.vjp import Gradients, Residuals, with_custom_vjp
 from rbf_jax.ops.vmap import folding_vmap
 
@@ -123,11 +124,15 @@ def _backward_program(plan: _Plan, full: _Full, shared: _Shared, rows: triton.Ro
 
 
 def _on_each_device(kernels, arguments, results):
-    """Calls kernels on named tuples of arrays, split by batch and heads where those are sharded."""
+    """Calls kernels on named tuples of arrays, split by batch and heads where those are sharded.
+
+    Pallas forgets over which axes of a mesh results vary.
+    """
     given = [name for group in arguments for name, x in group._asdict().items() if x is not None]
-    return by_batch_and_heads(
+    made = by_batch_and_heads(
         kernels, arguments, [_ROLES[x] for x in given], [_ROLES[x] for x in results]
     )
+    return vary_like(made, arguments)
 
 
 def _forward_kernel(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.Array]:
@@ -147,9 +152,9 @@ def _backward_kernels(plan: _Plan, full: _Full, rows: triton.Rows, shared: _Shar
     """The gradients; the moments still have a batch axis."""
     _, T, N, H = full.query.shape
     S, K = full.key.shape[1:3]
-    tiles = plan.backward_tiles or choose_backward(
-        _padded_head_dim(H), deterministic=plan.deterministic
-    )
+    # The one kernel adds to a reference, and those must not vary over a mesh.
+    two = plan.deterministic or varies(full.query)
+    tiles = plan.backward_tiles or choose_backward(_padded_head_dim(H), deterministic=two)
     inputs = _inputs(full, shared, tiles)
     delta = jnp.einsum("btnh,btnh->btn", rows.out, rows.dout, preferred_element_type=jnp.float32)
     if rows.dlogsumexp is not None:
@@ -221,7 +226,7 @@ def _inputs(full: _Full, shared: _Shared, tiles: Tiles) -> list[jax.Array]:
         jnp.full(B, most, jnp.int32) if x is None else x
         for x, most in ((full.query_lengths, T), (full.key_lengths, S), (full.query_offset, 0))
     ]
-    return [
+    arrays = [
         _padded(full.query),
         _padded(full.key),
         _padded(full.value),
@@ -229,6 +234,7 @@ def _inputs(full: _Full, shared: _Shared, tiles: Tiles) -> list[jax.Array]:
         _numbers_per_head(shared, N),
         jnp.stack(lengths, axis=1),
     ]
+    return vary_together(arrays)
 
 
 def _padded(x: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ from rbf_jax.ops.mosaic.forward import (
     swizzled,
 )
 from rbf_jax.ops.mosaic.tiles import Tiles
+from rbf_jax.ops.varying import struct_like
 
 _LN2 = 0.6931471805599453
 
@@ -86,8 +87,8 @@ def queries(
         pl.when(block.warpgroup == consumers)(block.load)
 
     results = [
-        jax.ShapeDtypeStruct(query.shape, query.dtype),
-        jax.ShapeDtypeStruct(logsumexp.shape, jnp.float32),
+        struct_like(query.shape, query.dtype, query),
+        struct_like(logsumexp.shape, jnp.float32, query),
     ]
     call = kernel(rbf_attention_queries, results, memory, (N, num_tiles, B), consumers)
     return tuple(call(*inputs, *rows))

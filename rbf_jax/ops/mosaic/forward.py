@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rbf_jax.ops.mosaic.tiles import Tiles
 from rbf_jax.ops.triton.gate import HEADROOM, LARGEST_REFERENCE, SMALLEST_SUM
+from rbf_jax.ops.varying import struct_like
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a tile of logits
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
@@ -149,8 +150,8 @@ def forward(
         pl.when(block.warpgroup == consumers)(block.load)
 
     results = [
-        jax.ShapeDtypeStruct(query.shape, query.dtype),
-        jax.ShapeDtypeStruct((B, N, num_tiles * tiles.rows), jnp.float32),
+        struct_like(query.shape, query.dtype, query),
+        struct_like((B, N, num_tiles * tiles.rows), jnp.float32, query),
     ]
     call = kernel(rbf_attention_forward, results, memory, (N, num_tiles, B), consumers)
     return tuple(call(query, key, value, norms, per_head, lengths))

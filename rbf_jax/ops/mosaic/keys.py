@@ -28,6 +28,7 @@ from rbf_jax.ops.mosaic.forward import (
     swizzled,
 )
 from rbf_jax.ops.mosaic.tiles import Tiles
+from rbf_jax.ops.varying import struct_like
 
 _LN2 = 0.6931471805599453
 
@@ -97,8 +98,8 @@ def results_and_grid(
     key = inputs[1]
     B, S, K, _ = key.shape
     num_tiles = -(-S // tiles.keys)
-    gradient = jax.ShapeDtypeStruct(key.shape, key.dtype)
-    sums = jax.ShapeDtypeStruct((B, inputs[0].shape[2], num_tiles * tiles.keys), jnp.float32)
+    gradient = struct_like(key.shape, key.dtype, key)
+    sums = struct_like((B, inputs[0].shape[2], num_tiles * tiles.keys), jnp.float32, key)
     return [gradient, gradient, sums], (K, num_tiles, B)
 
 
