@@ -1,10 +1,11 @@
 """Verdicts follow the numbers."""
 
 import copy
+import json
 
 import pytest
 
-from rbf_jax.analysis.claims import verdicts
+from rbf_jax.analysis.claims import judges, verdicts
 from rbf_jax.analysis.claims.rules import HOLDS, IN_PART, NOT, OPEN
 
 
@@ -127,6 +128,43 @@ def test_memory_and_kernel():
     assert "T^2.00" in text
     never = [r for r in MEMORY["memory"] if r["implementation"] != "RBF reference"]
     assert verdict(0, memory__memory=never) == OPEN
+
+
+def hopper(forward, both):
+    cells = [{"length": T, "causal": causal} for T in (4096, 16_384) for causal in (True, False)]
+    times = {
+        "dot product, cuDNN": {"forward": [1.0] * 4, "forward+backward": [1.0] * 4},
+        "RBF mosaic": {"forward": forward, "forward+backward": both},
+    }
+    return [
+        {**cell, "implementation": name, "direction": direction, "milliseconds": milliseconds}
+        for name, by_direction in times.items()
+        for direction, found in by_direction.items()
+        for cell, milliseconds in zip(cells, found, strict=True)
+    ]
+
+
+def test_the_fastest_kernel_counts_beside_the_reformulation_by_xla(tmp_path, monkeypatch):
+    files = (tmp_path / "of_64.json", tmp_path / "of_128.json")
+    monkeypatch.setattr(judges, "HOPPER", files)
+    cpu = [row("rbf xla", 512, 2.0), row("dot, jax.nn xla", 512, 1.0)]
+    monkeypatch.setattr(judges, "CPU", tmp_path / "cpu.json")
+    judges.CPU.write_text(json.dumps({"results": cpu}))
+
+    def judged(both):
+        for path in files:
+            path.write_text(json.dumps({"results": hopper([0.75, 0.8, 0.9, 1.05], both)}))
+        _, reformulated, kernel, *_ = verdicts.verdicts(numbers())
+        assert "0.75 to 1.05 times as long as cuDNN's dot product forward" in reformulated.measured
+        assert "(8 cells of H, T, causal or full)" in kernel.measured
+        return reformulated
+
+    # Slower by XLA alone, on a GPU and on a CPU.
+    assert judged([1.1, 1.2, 1.3, 1.4]).verdict == HOLDS
+    assert judged([0.6, 0.7, 0.8, 0.9]).verdict == IN_PART
+    undecided = judged([0.9, 1.0, 1.1, 1.2])
+    assert undecided.verdict == OPEN
+    assert "0.90 to 1.20 times forward + backward" in undecided.measured
 
 
 def kernel(folded_time, folded_megabytes, xla_time=12.0, xla_megabytes=80.0):
