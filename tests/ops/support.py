@@ -16,8 +16,8 @@ augmented heads through `jax.nn`. What is not supported raises
 NotImplementedError, and the suite tests that too.
 
 "mosaic" is for compute capability 9.0 and two versions of jax (`rbf_jax/ops/mosaic/attention.py`).
-It has not been run on a GPU yet: some of the cases run in Mosaic's interpreter
-(`tests/ops/mosaic_interpreted/`), and it lowers for sm_90.
+Without such a GPU some of the cases run in Mosaic's interpreter (`tests/ops/mosaic_interpreted/`),
+and it lowers for sm_90.
 
 "triton" reads a general mask tile by tile and leaves out tiles that are wholly masked; windows,
 lengths and segment ids, where they say the same, are faster. In bfloat16 it measures weights from
