@@ -187,6 +187,10 @@ def test_other_versions_of_jax(monkeypatch):
         ({"stages": 1}, "stages=1 must be at least 2"),
         ({"consumers": 4}, "consumers=4 must be one of [1, 2, 3]"),
         ({"consumers": 3}, "pingpong=True requires consumers=2, not 3"),
+        (
+            {"consumers": 1, "pingpong": False, "one_kernel": True},
+            "one_kernel=True requires consumers of at least 2, not 1",
+        ),
     ],
 )
 def test_tiles_say_what_is_wrong_with_them(change, requirement):

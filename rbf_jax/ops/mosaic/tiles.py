@@ -1,4 +1,4 @@
-"""Sizes of the forward kernel's tiles, how they are chosen and how one overrides the choice."""
+"""Sizes of the kernels' tiles, how they are chosen and how one overrides the choice."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ class Tiles:
         if self.pingpong and self.consumers != 2:
             raise ValueError(
                 f"pingpong={self.pingpong} requires consumers=2, not {self.consumers}."
+            )
+        # A lone warpgroup would wait for products that it does itself, a step later.
+        if self.one_kernel and self.consumers == 1:
+            raise ValueError(
+                f"one_kernel={self.one_kernel} requires consumers of at least 2, not 1."
             )
 
     @property
