@@ -21,6 +21,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
+from rbf_jax.ops import partition
 from rbf_jax.ops.types import Inputs, Masking, Options
 
 _MULTIPLE = 8
@@ -41,6 +42,8 @@ def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | Non
     given = [name for name, rule in masking._asdict().items() if rule is not None]
     if not _has_nvidia_gpu():
         return "needs an NVIDIA GPU, and JAX's default backend is " + jax.default_backend()
+    if (reason := partition.unsupported()) is not None:
+        return reason
     if inputs.query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"supports bfloat16 and float16, not {inputs.query.dtype}"
     if options.static_gamma is None:

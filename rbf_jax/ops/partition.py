@@ -17,6 +17,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
+def unsupported() -> str | None:
+    """Returns why no call can be split here, as the rest of a sentence, or None if it can.
+
+    In a shard_map over some axes of a mesh `custom_partitioning` does not know the others.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rest = [name for name in mesh.axis_names if name not in mesh.manual_axes]
+    if not mesh.manual_axes or not rest:
+        return None
+    return f"needs a shard_map over all axes of the mesh, and this one leaves out {', '.join(rest)}"
+
+
 def by_batch_and_heads(
     function: Callable,
     arguments: tuple,

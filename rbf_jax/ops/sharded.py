@@ -7,6 +7,8 @@ Inside ``jax.set_mesh(mesh)`` the mesh axes with these names say what is split:
     "seq"           queries and keys, by ring attention; queries alone where keys are few
 
 An axis that does not divide what it splits is left out, and every device along it does the same.
+So it is along axes of other names where "seq" splits; where it does not, such a mesh is left to the
+compiler, which splits batch and heads where the arrays are.
 """
 
 from __future__ import annotations
@@ -42,7 +44,6 @@ class Split(NamedTuple):
     """Mesh axes that split a call; `ring` is how "seq" splits keys too, if it does.
 
     Attributes:
-      names: axes that shard_map is over.
       batch: axes that split the batch.
       heads: the axis that splits the heads, if any.
       queries: the axis that splits the queries, if any.
@@ -50,7 +51,6 @@ class Split(NamedTuple):
       ring: how that axis splits the keys, if it does.
     """
 
-    names: frozenset[str]
     batch: tuple[str, ...]
     heads: str | None
     queries: str | None
@@ -83,8 +83,10 @@ def split_of(inputs: Inputs, options: Options) -> Split | None:
         if 2 * size <= S:
             ring = Ring.plan(SEQUENCE_AXIS, size, T, S, options)
             query_length = ring.query_length
-    single = {name for name, size in mesh.shape.items() if size == 1}
-    return Split(frozenset(names | single), batch, heads, queries, query_length, ring)
+    # Kernels cannot be in a shard_map over some of the axes (`partition.unsupported`).
+    if queries is None and any(size > 1 for name, size in mesh.shape.items() if name not in NAMES):
+        return None
+    return Split(batch, heads, queries, query_length, ring)
 
 
 def attend(passes: Passes, split: Split, inputs: Inputs, masking: Masking, options: Options):
@@ -127,7 +129,6 @@ def attend(passes: Passes, split: Split, inputs: Inputs, masking: Masking, optio
         lambda inputs, masking: local(inputs, masking, options),
         in_specs=(specs(inputs), specs(masking)),
         out_specs=(vectors, vectors),
-        axis_names=split.names,
         check_vma=False,
     )(inputs, masking)
     return out[:, :T], logsumexp[:, :T]

@@ -5,7 +5,7 @@ import pytest
 from tests.ops import own_process
 
 FOLDER = "tests/ops/many_devices"
-FILES = ["ring.py", "partition.py"]
+FILES = ["ring.py", "partition.py", "mosaic.py"]
 EIGHT_CPUS = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # LLVM's alone: two fifths of the time.
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rbf_jax.ops import partition
 from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, choose_backward, overridden
-from rbf_jax.ops.partition import by_batch_and_heads
 from rbf_jax.ops.triton import attention as triton
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.types import Inputs, Masking, Options
@@ -37,7 +37,7 @@ _ALIGNMENT = 8
 def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | None:
     """Returns why this call cannot be done here, as the rest of a sentence, or None if it can."""
     del options
-    reason = launch.unavailable()
+    reason = launch.unavailable() or partition.unsupported()
     if reason is not None:
         return reason
     capability = launch.target().compute_capability
@@ -129,7 +129,7 @@ def _on_each_device(kernels, arguments, results):
     Pallas forgets over which axes of a mesh results vary.
     """
     given = [name for group in arguments for name, x in group._asdict().items() if x is not None]
-    made = by_batch_and_heads(
+    made = partition.by_batch_and_heads(
         kernels, arguments, [_ROLES[x] for x in given], [_ROLES[x] for x in results]
     )
     return vary_like(made, arguments)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import extend as jex
 from jax.interpreters import mlir, xla
 
+from rbf_jax.ops import partition
 from rbf_jax.ops.triton.tiles import Tiles
 from rbf_jax.ops.varying import vary_like
 
@@ -52,8 +53,8 @@ def unavailable() -> str | None:
 
 
 def unsupported(query: jax.Array) -> str | None:
-    """`unavailable`, or why no kernel takes such queries (..., H)."""
-    reason = unavailable()
+    """`unavailable`, `partition.unsupported`, or why no kernel takes such queries (..., H)."""
+    reason = unavailable() or partition.unsupported()
     if reason is not None:
         return reason
     if query.dtype == jnp.float64:

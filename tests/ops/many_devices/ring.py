@@ -101,6 +101,8 @@ def test_sequences_in_16_bits(name, dtype):
         {"data": 2, "fsdp": 1, "tensor": 2, "seq": 2},
         {"data": 2, "tensor": 2},
         {"fsdp": 2, "seq": 4},
+        {"data": 2, "another": 2},
+        {"seq": 2, "another": 2},
     ],
     ids=str,
 )
