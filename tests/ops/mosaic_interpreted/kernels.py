@@ -15,6 +15,7 @@ import pytest
 from rbf_jax.ops import reference
 from rbf_jax.ops.mosaic import attention, forward
 from rbf_jax.ops.mosaic.tiles import Tiles, override_tiles
+from rbf_jax.ops.ring import Ring, ring_attention
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.types import Inputs, Masking, Options
 from tests.ops import adversarial, cases, contract
@@ -180,4 +181,30 @@ def test_positions_that_are_not_indices(rule, starts, backward):
         got = results(attention.attend)
     for mine, other in zip(got, results(reference.attend), strict=True):
         mine, other = (np.asarray(x, np.float32) for x in (mine, other))
+        np.testing.assert_allclose(mine, other, rtol=3e-2, atol=3e-2)
+
+
+def test_ring():
+    """Two devices, which an axis of vmap stands for: each attends to chunks of both."""
+    options = Options(is_causal=True, origin_sink=True, return_residual=True)
+    case = cases.case("ring", T=40, S=40, B=1, N=1, K=1)
+    query, key, value, _, _, dout, dlogsumexp = case.arrays(jnp.bfloat16)
+    ring = Ring.plan("seq", 2, 40, 40, options)
+
+    def results(attend, query, key, value, dout, dlogsumexp):
+        def call(*x):
+            return attend(Inputs(*x, jnp.full(1, 0.3), jnp.ones(1)), Masking(), options)
+
+        outputs, vjp = jax.vjp(call, query, key, value)
+        return *outputs, *vjp((dout, dlogsumexp))
+
+    def split(x):
+        return x.reshape(1, 2, -1, *x.shape[2:]).swapaxes(0, 1)
+
+    arrays = query, key, value, dout, dlogsumexp
+    one = functools.partial(results, ring_attention(ring, attention.PASSES))
+    with override_tiles(Tiles(block_k=64, consumers=1, pingpong=False), ONE_KERNEL):
+        got = jax.jit(jax.vmap(one, axis_name="seq"))(*map(split, arrays))
+    for mine, other in zip(got, results(reference.attend, *arrays), strict=True):
+        mine, other = (np.asarray(x, np.float32) for x in (mine, split(other)))
         np.testing.assert_allclose(mine, other, rtol=3e-2, atol=3e-2)
