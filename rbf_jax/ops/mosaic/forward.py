@@ -394,9 +394,8 @@ class Block:
         acc, total, maximum = state
         if online:
             new_maximum = jnp.maximum(maximum, jnp.max(logits, axis=1))
-            subtract = new_maximum
-            if not whole:  # a row may not have met a key yet
-                subtract = jnp.where(new_maximum == -jnp.inf, 0.0, new_maximum)
+            # A row may not have met a key yet, or only such whose norm is infinite.
+            subtract = jnp.where(new_maximum == -jnp.inf, 0.0, new_maximum)
             rescale = jnp.exp2(maximum - subtract)
             maximum = new_maximum
             total *= lax.broadcast_in_dim(rescale, total.shape, [0])
