@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from rbf_jax.ops import partition
 from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, choose_backward, overridden
-from rbf_jax.ops.partition import by_batch_and_heads
 from rbf_jax.ops.triton import attention as triton
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.types import Inputs, Masking, Options
@@ -134,7 +133,7 @@ def _on_each_device(kernels, arguments, results):
     Pallas forgets over which axes of a mesh results vary.
     """
     given = [name for group in arguments for name, x in group._asdict().items() if x is not None]
-    made = by_batch_and_heads(
+    made = partition.by_batch_and_heads(
         kernels, arguments, [_ROLES[x] for x in given], [_ROLES[x] for x in results]
     )
     return vary_like(made, arguments)

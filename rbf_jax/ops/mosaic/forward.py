@@ -428,11 +428,8 @@ class Block:
         rules = self.rules
         if whole and not rules.slopes:
             return logits
-        rows, columns = (
-            plgpu.broadcasted_iota(jnp.int32, logits.shape, axis, layout=plgpu.Layout.WGMMA)
-            for axis in (0, 1)
-        )
-        rows, columns = rows + (self.first_row + self.offset), columns + block * self.tiles.block_k
+        first = (self.first_row + self.offset, block * self.tiles.block_k)
+        rows, columns = tile_indices(logits.shape, *first)
         if rules.slopes:
             logits -= jnp.abs(rows - columns).astype(jnp.float32) * self.numbers[2][...]
         if whole:
@@ -490,6 +487,16 @@ def extent(rules: Rules, lengths, batch: jax.Array) -> tuple[jax.Array, jax.Arra
         lengths[batch, 1] if rules.key_lengths else jnp.int32(rules.num_keys),
         lengths[batch, 2] if rules.offset else jnp.int32(0),
     )
+
+
+def tile_indices(
+    shape: tuple[int, ...], first: jax.Array, second: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Along each axis of a tile of logits, counted from where the tile begins."""
+    here, there = (
+        plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
+    )
+    return here + first, there + second
 
 
 def near_enough(rules: Rules, allowed: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ from rbf_jax.ops.mosaic.forward import (
     near_enough,
     sum_of_eights,
     swizzled,
+    tile_indices,
 )
 from rbf_jax.ops.mosaic.tiles import Tiles
 from rbf_jax.ops.varying import struct_like
@@ -347,11 +348,8 @@ class KeysBlock:
         rules = self.rules
         if whole and not rules.slopes:
             return logits
-        columns, rows = (
-            plgpu.broadcasted_iota(jnp.int32, logits.shape, axis, layout=plgpu.Layout.WGMMA)
-            for axis in (0, 1)
-        )
-        columns, rows = columns + self.first_column, rows + tile * self.tiles.block_q
+        first = (self.first_column, tile * self.tiles.block_q)
+        columns, rows = tile_indices(logits.shape, *first)
         # Beyond the last query the logsumexp is +∞.
         allowed = columns < (self.key_stop if rules.key_lengths else rules.num_keys)
         if rules.query_lengths:
