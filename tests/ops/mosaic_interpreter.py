@@ -27,6 +27,7 @@ from jax._src.state import discharge, indexing
 from jax._src.state import primitives as state_primitives
 from jax._src.state import types as state_types
 
+from rbf_jax.ops import partition
 from rbf_jax.ops.mosaic import attention
 
 _REPLACED = {
@@ -203,7 +204,7 @@ def interpreted():
             gpu_callbacks, "is_gmem_memory_space", lambda x: x is None or _is_gmem(x)
         ),
         # The interpreter's callbacks are ordered, which custom_partitioning does not allow.
-        mock.patch.object(attention, "by_batch_and_heads", lambda call, given, *_: call(*given)),
+        mock.patch.object(partition, "by_batch_and_heads", lambda call, given, *_: call(*given)),
     ):
         _forget()
         try:
