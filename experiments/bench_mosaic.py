@@ -51,7 +51,7 @@ def candidates(head_dim: int) -> Iterator[Tiles]:
     for sizes in _SIZES:
         tiles = Tiles(64, *sizes)
         accumulators = tiles.block_q * (head_dim + tiles.block_k * 3 // 2) // 128
-        if tiles.fits(head_dim) and accumulators <= tiles.registers[0] + 32:
+        if tiles.fits("forward", head_dim) and accumulators <= tiles.registers[0] + 32:
             yield tiles
 
 

@@ -1,5 +1,6 @@
 """The Mosaic GPU kernels in programs for CUDA, and what it refuses; a GPU is pretended."""
 
+import dataclasses
 import functools
 import re
 
@@ -7,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.mosaic.gpu import core as mosaic_gpu
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops.mosaic import attention
+from rbf_jax.ops.mosaic import attention, backward, forward, gradients, keys
 from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, choose_backward, override_tiles
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
@@ -204,13 +206,50 @@ def test_tiles_say_what_is_wrong_with_them(change, requirement):
 
 @pytest.mark.parametrize("H", HEAD_DIMS)
 def test_chosen_tiles_fit(H):
-    assert choose(H, True).fits(H)
-    assert choose(H, False).fits(H)
+    assert choose(H, True).fits("forward", H)
+    assert choose(H, False).fits("forward", H)
     for deterministic in (False, True):
-        assert choose_backward(H, deterministic=deterministic).fits(H)
+        tiles = choose_backward(H, deterministic=deterministic)
+        assert all(tiles.fits(kernel, H) for kernel in tiles.backward_kernels)
     assert not choose_backward(H, deterministic=True).one_kernel
-    assert not Tiles(block_k=256, stages=4).fits(H)
-    assert ONE_KERNEL.fits(H) == (H < 256)
+    assert not Tiles(block_k=256, stages=4).fits("forward", H)
+    assert ONE_KERNEL.fits("gradients", H) == (H < 256)
+
+
+KERNELS = {
+    "forward": lambda *x, **sizes: forward.forward(*x[0], **sizes),
+    "queries": backward.queries,
+    "keys": keys.keys,
+    "gradients": gradients.gradients,
+}
+THREE = Tiles(block_k=64, stages=3, consumers=3, pingpong=False)
+
+
+@pytest.mark.parametrize("H", [64, 256])
+@pytest.mark.parametrize(
+    ("kernel", "tiles"),
+    [
+        ("forward", Tiles()),
+        ("forward", THREE),
+        ("queries", THREE),
+        ("queries", Tiles(block_q=128, consumers=1, pingpong=False)),
+        ("keys", THREE),
+        ("keys", Tiles(block_q=128, block_k=64, pingpong=False)),
+        ("gradients", ONE_KERNEL),
+        ("gradients", dataclasses.replace(THREE, one_kernel=True)),
+    ],
+)
+def test_shared_memory_is_what_the_kernel_asks_for(kernel, tiles, H):
+    query, key, value = (jax.ShapeDtypeStruct((1, 768, 1, H), jnp.bfloat16) for _ in range(3))
+    numbers = jax.ShapeDtypeStruct((1, 1, 768), jnp.float32)
+    per_head = jax.ShapeDtypeStruct((1, 3, 1), jnp.float32)
+    inputs = query, key, value, numbers, per_head, jax.ShapeDtypeStruct((1, 3), jnp.int32)
+    rules = forward.Rules(768, 768, online=kernel != "forward")
+    call = functools.partial(KERNELS[kernel], rules=rules, tiles=tiles)
+    traced = jax.jit(call).trace(inputs, (query, numbers, numbers))
+    asked = f"smem_bytes={tiles.shared_memory(kernel, H)} "
+    with mosaic_gpu.artificial_shared_memory_limit(0), pytest.raises(ValueError, match=asked):
+        traced.lower(lowering_platforms=("cuda",))
 
 
 def test_versions_hold_the_one_that_is_tested():

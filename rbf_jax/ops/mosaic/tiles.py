@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 HEAD_DIMS = (64, 128, 256)
+Kernel = Literal["forward", "queries", "keys", "gradients"]
 _LARGEST_SHARED_MEMORY = 227 * 1024  # of a block, compute capability 9.0
+_ALIGNMENT = 1024  # of an array in shared memory
+_REDUCTIONS = 2048  # what Mosaic has for reductions across warps
 _REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}
 
 
@@ -66,19 +70,33 @@ class Tiles:
         """Registers of a thread that computes, and of one that loads."""
         return (240, 24) if self.one_kernel and self.consumers == 2 else _REGISTERS[self.consumers]
 
-    def shared_memory(self, head_dim: int) -> int:
-        """Bytes of shared memory of a block of threads, but for barriers."""
-        if self.one_kernel:
-            queries = self.stages * self.block_q * (2 * 2 * head_dim + 8)
-            sums = self.rows * (2 * self.keys + 4 * head_dim)
-            return self.keys * (2 * 2 * head_dim + 4) + queries + sums
-        keys = self.stages * self.block_k * (2 * 2 * head_dim + 4)
-        return keys + self.rows * (2 * head_dim + 4)
+    @property
+    def backward_kernels(self) -> tuple[Kernel, ...]:
+        """Which kernels the backward pass is."""
+        return ("gradients",) if self.one_kernel else ("queries", "keys")
 
-    def fits(self, head_dim: int) -> bool:
+    def shared_memory(self, kernel: Kernel, head_dim: int) -> int:
+        """Bytes of shared memory that a block of threads of a kernel asks for."""
+        by_keys = kernel in ("keys", "gradients")
+        kept = self.keys if by_keys else self.rows
+        moving = self.stages * (self.block_q if by_keys else self.block_k)
+        vectors = [kept] * (1 if kernel == "forward" else 2) + [moving] * 2
+        numbers = [kept, 2 * moving] if by_keys else [2 * kept, moving]
+        if kernel == "forward":
+            numbers = [kept, moving, self.consumers]
+        arrays = [2 * head_dim * x for x in vectors] + [4 * x for x in numbers]
+        barriers = self.consumers + 4 * self.stages
+        if kernel == "forward":
+            barriers += 2
+        if kernel == "gradients":
+            barriers += 2 * self.consumers
+            arrays += [2 * self.keys * self.rows, 4 * self.rows * head_dim]
+        reductions = 0 if kernel == "gradients" else _REDUCTIONS
+        return sum(-(-x // _ALIGNMENT) * _ALIGNMENT for x in arrays) + 8 * barriers + reductions
+
+    def fits(self, kernel: Kernel, head_dim: int) -> bool:
         """Whether an H100 has the shared memory."""
-        reserved = 1024 if self.one_kernel else 2048  # what is rounded up, Mosaic's reductions
-        return self.shared_memory(head_dim) + reserved <= _LARGEST_SHARED_MEMORY
+        return self.shared_memory(kernel, head_dim) <= _LARGEST_SHARED_MEMORY
 
 
 _override: list[tuple[Tiles | None, Tiles | None]] = [(None, None)]
