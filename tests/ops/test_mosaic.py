@@ -208,10 +208,10 @@ def test_tiles_say_what_is_wrong_with_them(change, requirement):
 def test_chosen_tiles_fit(H):
     assert choose(H, True).fits("forward", H)
     assert choose(H, False).fits("forward", H)
-    for deterministic in (False, True):
-        tiles = choose_backward(H, deterministic=deterministic)
+    for two_kernels in (False, True):
+        tiles = choose_backward(H, two_kernels=two_kernels)
         assert all(tiles.fits(kernel, H) for kernel in tiles.backward_kernels)
-    assert not choose_backward(H, deterministic=True).one_kernel
+    assert not choose_backward(H, two_kernels=True).one_kernel
     assert not Tiles(block_k=256, stages=4).fits("forward", H)
     assert ONE_KERNEL.fits("gradients", H) == (H < 256)
 

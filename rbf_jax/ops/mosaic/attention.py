@@ -157,8 +157,8 @@ def _backward_kernels(plan: _Plan, full: _Full, rows: triton.Rows, shared: _Shar
     _, T, N, H = full.query.shape
     S, K = full.key.shape[1:3]
     # The one kernel adds to a reference, and those must not vary over a mesh.
-    two = plan.deterministic or varies(full.query)
-    tiles = plan.backward_tiles or choose_backward(_padded_head_dim(H), deterministic=two)
+    two_kernels = plan.deterministic or varies(full.query)
+    tiles = plan.backward_tiles or choose_backward(_padded_head_dim(H), two_kernels=two_kernels)
     inputs = _inputs(full, shared, tiles)
     delta = jnp.einsum("btnh,btnh->btn", rows.out, rows.dout, preferred_element_type=jnp.float32)
     if rows.dlogsumexp is not None:

@@ -128,14 +128,14 @@ def choose(head_dim: int, plain: bool) -> Tiles:
     return Tiles(block_k={64: 256 if plain else 128, 128: 128, 256: 64}[head_dim])
 
 
-def choose_backward(head_dim: int, *, deterministic: bool = False) -> Tiles:
+def choose_backward(head_dim: int, *, two_kernels: bool = False) -> Tiles:
     """For the backward pass, likewise.
 
     Args:
       head_dim: one of `HEAD_DIMS`.
-      deterministic: gradients that are the same, to the bit, from run to run.
+      two_kernels: not the one that adds to memory which other blocks of threads add to.
     """
-    if head_dim <= 128 and not deterministic:
+    if head_dim <= 128 and not two_kernels:
         stages = 3 if head_dim == 64 else 2
         return Tiles(block_k=64, stages=stages, pingpong=False, one_kernel=True)
     consumers = 2 if head_dim <= 128 else 1
