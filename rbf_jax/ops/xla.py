@@ -181,7 +181,8 @@ def _forward_in_blocks(
             weighted, total, maximum = carry
             logits = call.logits(query, columns.slice(call.key, j, 2), i, j)
             value = columns.slice(call.value, j, 2)
-            new_maximum = jnp.maximum(maximum, logits.max(axis=-1))
+            # The maximum's derivative cancels; JAX's is 0/0 where two fusions round a logit apart.
+            new_maximum = jnp.maximum(maximum, lax.stop_gradient(logits).max(axis=-1))
             # A row that has seen no key yet keeps −inf; what it is measured from must be finite.
             reference = jnp.where(jnp.isneginf(new_maximum), 0, new_maximum)
             weights = jnp.exp(logits - reference[..., None])
