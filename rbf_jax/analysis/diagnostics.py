@@ -16,6 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.scipy.special import xlogy
 
+from rbf_jax.nn.config import TransformerConfig
 from rbf_jax.ops.triton import gate
 
 # Of the norms of keys.
@@ -107,6 +108,7 @@ def diagnose(model: nn.Module, params: Any, batch: Mapping[str, jax.Array]) -> d
     * entropy (L, N): mean entropy of a token's attention, in nats, registers and sink included.
     * register_mass, sink_mass, first_token_mass (L, N): mean weight on the registers, on the origin
       sink, and on the first token of the document, which dot-product models make a sink.
+    * even_share (): that of one register, or of the sink, were all that a token sees weighed alike.
     * distance (L, N): mean |i − j| in tokens, over text keys, weighted by attention.
     * key_norm_quantiles, value_norm_quantiles (L, 9): ‖k‖, ‖v‖ of text, at `QUANTILES`.
     * register_key_norm, register_value_norm (L, R): mean over heads.
@@ -161,6 +163,7 @@ def diagnose(model: nn.Module, params: Any, batch: Mapping[str, jax.Array]) -> d
         "register_mass": over_rows(weights[..., :R].sum(-1)),
         "sink_mass": over_rows(sink),
         "first_token_mass": over_rows(jnp.sum(text, -1, where=is_first[None, :, None, None])),
+        "even_share": jnp.mean(1.0 / _keys_seen(model.config, batch["positions"]), where=is_text),
         "distance": over_rows((text * apart).sum(-1)) / over_rows(text.sum(-1)),
         **_norm_statistics("key", sown["key_norms"], R, is_text, is_first),
         **_norm_statistics("value", sown["value_norms"], R, is_text, is_first),
@@ -171,6 +174,14 @@ def diagnose(model: nn.Module, params: Any, batch: Mapping[str, jax.Array]) -> d
         "gated_by_head": gated,
         "attention_map": weights[:, 0, :, :MAP_TOKENS, : R + MAP_TOKENS],
     }
+
+
+def _keys_seen(config: TransformerConfig, positions: jax.Array) -> jax.Array:
+    """How many keys a token at a position of its document sees, registers and sink included."""
+    window = config.attention.window
+    behind = positions if window is None else jnp.minimum(positions, window)
+    seen = behind + 1 + config.num_registers + int(config.attention.origin_sink)
+    return seen.astype(jnp.float32)
 
 
 def _norm_statistics(name, norms, num_registers, is_text, is_first) -> dict[str, jax.Array]:

@@ -54,6 +54,7 @@ def make_record(name, config, *, offset=0.0, lengths=(), diverged=(), seeds=(0, 
                 key: by_head()
                 for key in ("entropy", "register_mass", "sink_mass", "first_token_mass", "distance")
             },
+            "even_share": np.full(n, 0.02),
             "gamma": by_head() + 0.5,
             "key_norm_weight": by_head() + 0.5,
             "gated": rng.uniform(size=(n, LAYERS)),

@@ -149,6 +149,34 @@ def test_stability_compares_first_gradients_by_rate(tmp_path):
         assert n["log_gradient_less_matched"] == n["log_gradient_less_dot"]
 
 
+def test_a_panel_of_less_than_a_decade_has_ticks_enough(tmp_path):
+    claim = claims.FIGURES["stability"]
+    records = make_records(needed(claim), tmp_path)
+    for record in records.values():
+        norms = record.train["grad_norm"]
+        norms[: len(norms) // 5] = np.geomspace(3.0, 0.6, len(norms) // 5)[:, None]
+    made, _ = claim.draw(list(records.values()))
+    for axis in made.axes[1::4]:
+        low, high = axis.get_ylim()
+        assert 2 * low < high < 10 * low
+        assert sum(low <= tick <= high for tick in axis.get_yticks()) >= 3
+
+
+def test_even_shares_are_marked_where_there_is_a_register_or_a_sink(tmp_path):
+    claim = claims.FIGURES["registers"]
+    records = make_records(needed(claim), tmp_path)
+    del records["register_init=normal"].inside["even_share"]
+    made, numbers = claim.draw(list(records.values()))
+    (marks,) = (line for line in made.axes[2].lines if line.get_marker() == "d")
+    at = dict(zip(records, marks.get_xdata()))
+    assert at["num_registers=4"] == pytest.approx(4 * 0.02)
+    assert at["origin_sink=True,num_registers=4"] == pytest.approx(5 * 0.02)
+    unmarked = {"num_registers=0", "kind=dot,num_registers=0,positions=rope"}
+    unmarked |= {"register_init=normal"}
+    assert {name for name, x in at.items() if np.isnan(x)} == unmarked
+    assert numbers["num_registers=0"]["even_share"] == pytest.approx(0.02)
+
+
 def test_times_are_drawn_of_those_that_had_the_machine_alone(tmp_path):
     claim = claims.FIGURES["loss_curves"]
     records = make_records(needed(claim), tmp_path)

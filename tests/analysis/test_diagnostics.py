@@ -194,3 +194,19 @@ def test_without_registers_and_with_a_sink(batch):
     assert (found["register_mass"] == 0).all()
     assert found["register_key_norm"].shape == (L, 0)
     assert np.isfinite(found["sink_value_norm"]).all()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_even_shares_are_those_of_weights_that_are_all_alike(batch, window):
+    attention = {"gamma": 1e-7, "origin_sink": True, "window": window}
+    model, variables = small_model(attention)
+    # Two documents in the second row, of 8 tokens and the rest.
+    segments, positions = np.ones_like(batch["segment_ids"]), batch["positions"].copy()
+    segments[1, 8:] = 2
+    positions[1, 8:] -= 8
+    rows = {**batch, "positions": positions, "segment_ids": segments}
+    found = diagnosed(model, variables["params"], rows)
+    np.testing.assert_allclose(found["sink_mass"], found["even_share"], rtol=1e-3)
+    np.testing.assert_allclose(found["register_mass"], R * found["even_share"], rtol=1e-3)
+    if window is None:
+        np.testing.assert_allclose(found["first_token_mass"], found["even_share"], rtol=1e-3)

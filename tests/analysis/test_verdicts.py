@@ -13,11 +13,13 @@ def estimate(mean, half=0.001, missing=0):
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": 4, "missing": missing}
 
 
-def row(name, length, milliseconds=1.0, megabytes=1.0, runs_out=False):
+def row(
+    name, length, milliseconds=1.0, megabytes=1.0, runs_out=False, direction="forward+backward"
+):
     return {
         "implementation": name,
         "length": length,
-        "direction": "forward+backward",
+        "direction": direction,
         "milliseconds": milliseconds,
         "temporary_bytes": megabytes * 2**20,
         "bytes_limit": 2**35,
@@ -47,12 +49,14 @@ REGISTERS = {
         "spikes": estimate(0.0),
         "seeds": [0, 1, 2, 3],
         "first_token_mass": 0.1,
+        "even_share": 0.02,
         "register_mass": 0.2,
     },
     "num_registers=0": {
         "spikes": estimate(0.0),
         "seeds": [0, 1, 2, 3],
         "first_token_mass": 0.3,
+        "even_share": 0.03,
         "final_difference": estimate(0.0),
         "spikes_difference": estimate(0.0),
     },
@@ -61,7 +65,15 @@ POSITIONS = {
     "positions=rope": {"less_susie": estimate(0.05)},
     "kind=dot": {"less_rope": estimate(0.0)},
 }
-LAYER = {"device": "a CPU", "results": [row("RBF, RoPE", 512, 1.0), row("RBF, SuSiE", 512, 1.1)]}
+
+
+def layer(forward, both):
+    times = {"forward": forward, "forward+backward": both}
+    rows = [row("RBF, SuSiE", 512, times[d], direction=d) for d in times]
+    return [*rows, *(row("RBF, RoPE", 512, 1.0, direction=d) for d in times)]
+
+
+LAYER = {"device": "a CPU", "results": layer(1.05, 1.1)}
 CURVES = {
     "differences": {
         "base against kind=dot": {
@@ -200,16 +212,23 @@ def test_registers():
     assert registers(spikes_difference=estimate(5.0, 4.5)) == OPEN
     assert registers(spikes=estimate(0.0, missing=2)) == IN_PART
     assert registers(spikes_difference=estimate(5.0), final_difference=estimate(0.03)) == HOLDS
+    text = verdicts.verdicts(numbers())[3].measured
+    assert "takes 30.0% of the attention (an even share: 3.0%) against 10.0% (2.0%)" in text
 
 
 def test_positions():
     assert verdict(4) == HOLDS
-    cheap = [*LAYER["results"][:1], row("RBF, SuSiE", 512, 1.0)]
+    cheap = layer(1.0, 1.0)
     assert verdict(4, layer_profile__results=cheap) == IN_PART
     rope = "positions__positions=rope__less_susie"
     assert verdict(4, **{rope: estimate(-0.05)}) == IN_PART
     assert verdict(4, **{rope: estimate(-0.05)}, layer_profile__results=cheap) == NOT
     assert verdict(4, **{rope: estimate(0.0, 0.05)}) == OPEN
+    # Slower both ways, faster forward alone: a cost that is not known.
+    mixed = {"layer_profile__results": layer(0.9, 1.1)}
+    assert verdict(4, **mixed) == verdict(4, **{rope: estimate(-0.05)}, **mixed) == OPEN
+    text = verdicts.verdicts(numbers(**mixed))[4].measured
+    assert "takes 0.90 times as long as with RoPE forward, and 1.10 times forward + b" in text
 
 
 def early(loss, gradient, matched=None, gradient_matched=None):

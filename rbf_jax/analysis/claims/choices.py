@@ -59,14 +59,15 @@ def registers(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
         )
         left = left + np.nan_to_num(masses[name])
     axes[0, 2].plot(
-        [_even_share(r) for r in records],
+        [_even_share(r) * (_sinks(r) or np.nan) for r in records],
         rows,
         "d",
         markersize=5,
         markerfacecolor="white",
         markeredgecolor=REGISTER_COLOR,
-        label="registers, even share",
+        label="registers and sink, even share",
     )
+    axes[0, 2].set_xlim(left=0)
     panels.rows(axes[0, 2], labels)
     legend_above(made, axes[0, 2], columns=4)
     axes[0, 0].set(title="Loss less 1, zero's", xlabel="nats; 95 % interval, paired")
@@ -192,12 +193,15 @@ def _registers(record: Record) -> str:
     return f"{'RBF' if model['attention']['kind'] == 'rbf' else 'dot'}: {text}{sink}"
 
 
-def _even_share(record: Record) -> float:
-    """The weight on registers, on average over the queries of a row, were all keys alike."""
+def _sinks(record: Record) -> int:
+    """How many keys are no text."""
     model = record.config["model"]
-    R, sink = model["num_registers"], bool(model["attention"]["origin_sink"])
-    seen = R + sink + np.arange(1, record.config["data"]["context_length"] + 1)
-    return float(np.mean(R / seen))
+    return model["num_registers"] + bool(model["attention"]["origin_sink"])
+
+
+def _even_share(record: Record) -> float:
+    """Of one of them, or of the first token; NaN in records made before it was kept."""
+    return float(np.mean(record.inside.get("even_share", np.nan)))
 
 
 def _dial(record: Record) -> str:

@@ -113,7 +113,7 @@ def stability(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
         axes[row, 3].set(title="Largest logit", xlabel="step", yscale="log")
         for axis in axes[row, 1:]:
             low, high = axis.get_ylim()
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+            axis.yaxis.set_major_locator(LogLocator(subs=_ticks(high / low)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
     if shown:
@@ -325,6 +325,13 @@ def difference_table(curves: Mapping[str, Any]) -> str:
 
 def _largest(values: np.ndarray) -> float:
     return float(np.nanmax(values)) if np.isfinite(values).any() else float("nan")
+
+
+def _ticks(span: float) -> tuple[float, ...]:
+    """Of a decade, for a logarithmic axis that spans so much."""
+    if span < 10:
+        return 1, 1.5, 2, 3, 5, 7
+    return (1, 2, 5) if span < 100 else (1,)
 
 
 def _rate(record: Record) -> float:
