@@ -34,6 +34,7 @@ from experiments.benchmarks.options import json_file, positive
 from experiments.benchmarks.tile_timing import LENGTHS, Job, Outcome, Winner, do, start_worker
 from rbf_jax import environment
 from rbf_jax.data.files import write_text
+from rbf_jax.ops import nvidia
 from rbf_jax.ops.triton import launch, tiles
 
 _WORKER_BYTES = 4 * 2**30
@@ -48,7 +49,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     return [Job(name, H, dtype, rule, lengths) for dtype, H, rule, name in cells]
 
 
-def entry(job: Job, winner: Winner, gpu: launch.Target) -> dict[str, Any]:
+def entry(job: Job, winner: Winner, gpu: nvidia.Target) -> dict[str, Any]:
     """A line of the tuned table."""
     return {
         "gpu": gpu.name,
@@ -79,7 +80,7 @@ def merge(
 
 
 def outcomes(
-    todo: Sequence[Job], seconds: float, gpu: launch.Target, workers: int
+    todo: Sequence[Job], seconds: float, gpu: nvidia.Target, workers: int
 ) -> Iterator[tuple[Job, Outcome]]:
     """Does the jobs in worker processes; what is not reached in time comes without winners."""
     deadline = time.time() + seconds
@@ -102,7 +103,7 @@ def outcomes(
 
 def tune(options: argparse.Namespace, command: str, say: Callable[[str], None]) -> None:
     """Measures, and writes `options.out` after every job."""
-    start, gpu, todo, out = time.time(), launch.target(), jobs(options), Path(options.out)
+    start, gpu, todo, out = time.time(), nvidia.target(), jobs(options), Path(options.out)
     old = json.loads(out.read_text())["entries"] if out.exists() else []
     workers = max(1, min(len(todo), (os.cpu_count() or 2) - 1, _memory() // _WORKER_BYTES))
     say(f"{gpu.name}: {len(todo)} jobs, {workers} at a time")

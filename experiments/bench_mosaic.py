@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from experiments.benchmarks.clock import Call, Clock, one_line
 from experiments.benchmarks.contenders import Cell, dot_product, rbf
 from experiments.benchmarks.options import lengths
+from rbf_jax.ops import nvidia
 from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, override_tiles
 from rbf_jax.ops.triton import launch
 
@@ -111,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     options = parser.parse_args(argv[1:])
     problem = launch.unavailable()
-    if problem is None and launch.target().compute_capability != 90:
+    if problem is None and nvidia.target().compute_capability != 90:
         problem = "needs compute capability 9.0"
     if problem is not None:
         print(f"bench_mosaic {problem}.", file=sys.stderr)

@@ -11,7 +11,7 @@ from experiments import bench_decode
 from experiments.benchmarks import decode_cells, decode_sweep
 from experiments.benchmarks.clock import Call, Timing
 from experiments.benchmarks.decode_cells import Cell
-from rbf_jax.ops.triton import launch
+from rbf_jax.ops import nvidia
 from rbf_jax.ops.triton.decode import Sizes
 
 
@@ -86,7 +86,7 @@ def test_a_sweep_needs_a_gpu(capsys):
 
 def test_a_sweep_finds_the_best(monkeypatch):
     """Times are made up: three stages and many splits are best; one compilation fails."""
-    monkeypatch.setattr(launch, "target", lambda: launch.Target("NVIDIA H100 80GB HBM3", 90))
+    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("NVIDIA H100 80GB HBM3", 90))
     small = tuple(Cell(batch, 4096, 2, 1, 8, 4096) for batch in (16, 64))
     monkeypatch.setattr(decode_sweep, "CELLS", small)
 

@@ -10,7 +10,8 @@ import pytest
 
 triton = pytest.importorskip("triton")  # Linux only
 
-from rbf_jax.ops.triton import decode, decode_kernels, launch, tiles  # noqa: E402
+from rbf_jax.ops import nvidia  # noqa: E402
+from rbf_jax.ops.triton import decode, decode_kernels, tiles  # noqa: E402
 from rbf_jax.ops.triton.common import Rules  # noqa: E402
 from tests.ops.test_triton_compile import TYPES, compiled_for, registers_and_stack  # noqa: E402
 
@@ -26,7 +27,7 @@ def _sizes(rows, head_dim, dtype, target):
         visible=LENGTH,
         head_dim=head_dim,
         dtype=jnp.dtype(dtype),
-        target=launch.Target("some GPU", target),
+        target=nvidia.Target("some GPU", target),
     )
 
 

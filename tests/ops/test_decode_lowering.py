@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rbf_jax.ops import decode
+from rbf_jax.ops import decode, nvidia
 from rbf_jax.ops.cache import KeysValues
 from rbf_jax.ops.triton import decode as triton
 from rbf_jax.ops.triton import launch
@@ -15,13 +15,13 @@ from rbf_jax.ops.triton.decode import Sizes, choose_sizes, override_sizes
 from rbf_jax.ops.triton.tiles import Tiles
 
 CALL = "@triton_kernel_call"
-H100 = launch.Target("NVIDIA H100 80GB HBM3", 90)
+H100 = nvidia.Target("NVIDIA H100 80GB HBM3", 90)
 
 
 @pytest.fixture(autouse=True)
 def h100(monkeypatch):
     monkeypatch.setattr(launch, "unavailable", lambda: None)
-    monkeypatch.setattr(launch, "target", lambda: H100)
+    monkeypatch.setattr(nvidia, "target", lambda: H100)
 
 
 def shapes(B=2, T=1, N=4, K=2, S=5003, H=64, dtype="bfloat16"):

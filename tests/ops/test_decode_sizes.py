@@ -7,12 +7,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from rbf_jax.ops.triton import decode, launch
+from rbf_jax.ops import nvidia
+from rbf_jax.ops.triton import decode
 
 SWEEP = Path(__file__).parents[2] / "docs" / "measurements" / "decode_sweep_gpu.json"
 ROWS = json.loads(SWEEP.read_text())["results"]
 CELLS = sorted({(r["batch"], r["length"], r["heads"], r["kv_heads"]) for r in ROWS})
-H100 = launch.Target("NVIDIA H100 80GB HBM3", 90, 132)
+H100 = nvidia.Target("NVIDIA H100 80GB HBM3", 90, 132)
 
 
 def choose(batch, length, heads, kv_heads, head_dim=128, dtype="bfloat16", target=H100):

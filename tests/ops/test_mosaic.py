@@ -12,10 +12,11 @@ from jax.experimental.mosaic.gpu import core as mosaic_gpu
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
+from rbf_jax.ops import nvidia
 from rbf_jax.ops.mosaic import attention, backward, forward, gradients, keys
 from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, choose_backward, override_tiles
-from rbf_jax.ops.triton import launch
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
+from tests.ops import own_process
 
 T, S = 1031, 2053
 B, N, K = 2, 4, 2
@@ -25,8 +26,8 @@ ONE_KERNEL = Tiles(block_k=64, pingpong=False, one_kernel=True)
 
 @pytest.fixture(autouse=True)
 def h100(monkeypatch):
-    monkeypatch.setattr(launch, "unavailable", lambda: None)
-    monkeypatch.setattr(launch, "target", lambda: launch.Target("NVIDIA H100 80GB HBM3", 90))
+    monkeypatch.setattr(nvidia, "unavailable", lambda: None)
+    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("NVIDIA H100 80GB HBM3", 90))
 
 
 def _shapes(H=64, dtype=jnp.bfloat16):
@@ -174,7 +175,7 @@ def test_refusals_name_who_can(change, requirement):
     ("capability", "said"), [(80, "this GPU has 8.0; 'triton'"), (100, "this GPU has 10.0")]
 )
 def test_other_gpus(capability, said, monkeypatch):
-    monkeypatch.setattr(launch, "target", lambda: launch.Target("another", capability))
+    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("another", capability))
     with pytest.raises(NotImplementedError, match=f"needs compute capability 9.0, and {said}"):
         jax.eval_shape(_attend, *_shapes())
 
@@ -250,6 +251,12 @@ def test_shared_memory_is_what_the_kernel_asks_for(kernel, tiles, H):
     asked = f"smem_bytes={tiles.shared_memory(kernel, H)} "
     with mosaic_gpu.artificial_shared_memory_limit(0), pytest.raises(ValueError, match=asked):
         traced.lower(lowering_platforms=("cuda",))
+
+
+def test_it_needs_no_triton():
+    folder = "tests/ops/without_triton"
+    assert own_process.all_files(folder) == {"mosaic.py"}
+    own_process.run(f"{folder}/mosaic.py", {"JAX_PLATFORMS": "cpu"})
 
 
 def test_versions_hold_the_one_that_is_tested():

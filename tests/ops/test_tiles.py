@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
-from rbf_jax.ops.triton import attention, launch, tiles
+from rbf_jax.ops import nvidia
+from rbf_jax.ops.triton import attention, tiles
 from rbf_jax.ops.triton.tiles import PASSES, Tiles, choose, default_tiles, override_tiles
 from rbf_jax.ops.types import Inputs, Masking, Options
 
@@ -74,7 +75,7 @@ def test_classes_of_lengths(table, length, name):
 
 def test_an_override_comes_before_the_table(table, monkeypatch):
     table(entry(A), entry(B, **{"pass": "forward"}))
-    monkeypatch.setattr(launch, "target", lambda: launch.Target(H100["gpu"], 90))
+    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target(H100["gpu"], 90))
 
     def chosen():
         array = jnp.ones((1, 4096, 2, 64), jnp.bfloat16)

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops import api
+from rbf_jax.ops import api, nvidia
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.triton.tiles import Tiles, override_tiles
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
@@ -28,7 +28,7 @@ CALL = "triton_kernel_call"
 @pytest.fixture(autouse=True)
 def h100(monkeypatch):
     monkeypatch.setattr(launch, "unavailable", lambda: None)
-    monkeypatch.setattr(launch, "target", lambda: launch.Target("NVIDIA H100 80GB HBM3", 90))
+    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("NVIDIA H100 80GB HBM3", 90))
 
 
 def _shapes(dtype=jnp.bfloat16, batch=(B,)):
@@ -156,7 +156,7 @@ def _dimensions(program: str) -> list[list[str]]:
 
 
 def test_none_takes_it_where_cuda_is_and_says_so_once(caplog, monkeypatch):
-    monkeypatch.setattr(launch, "target", lambda: launch.Target("NVIDIA A100-SXM4-80GB", 80))
+    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("NVIDIA A100-SXM4-80GB", 80))
     api._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="rbf_jax"):
         attend = functools.partial(rbf_attention, is_causal=True)
@@ -253,5 +253,5 @@ class TestWithoutKernels:
 
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         monkeypatch.setattr(jax, "devices", lambda *_: [Device()])
-        launch.target.cache_clear()
-        monkeypatch.setattr(launch, "target", launch.target.__wrapped__)
+        nvidia.target.cache_clear()
+        monkeypatch.setattr(nvidia, "target", nvidia.target.__wrapped__)

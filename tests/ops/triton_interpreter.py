@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from triton.runtime import interpreter
 
+from rbf_jax.ops import nvidia
 from rbf_jax.ops.triton import attention, launch
 
 _NAMES = {
@@ -101,5 +102,5 @@ interpreter.InterpreterBuilder.cast_impl = _cast
 interpreter._patch_lang_tensor = _patch_tensor
 launch.run = _run
 launch.unavailable = lambda: None
-launch.target = lambda: launch.Target("Triton's interpreter", 90)
+nvidia.target = lambda: nvidia.Target("Triton's interpreter", 90)
 attention._GATE_PROGRAMS = 2

@@ -15,10 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rbf_jax.ops import partition
+from rbf_jax.ops import nvidia, partition
 from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, choose_backward, overridden
 from rbf_jax.ops.triton import attention as triton
-from rbf_jax.ops.triton import launch
 from rbf_jax.ops.types import Inputs, Masking, Options
 from rbf_jax.ops.varying import varies, vary_like, vary_together
 from rbf_jax.ops.vjp import Gradients, Residuals, with_custom_vjp
@@ -39,10 +38,10 @@ _ALIGNMENT = 8
 def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | None:
     """Returns why this call cannot be done here, as the rest of a sentence, or None if it can."""
     del options
-    reason = launch.unavailable() or partition.unsupported()
+    reason = nvidia.unavailable() or partition.unsupported()
     if reason is not None:
         return reason
-    capability = launch.target().compute_capability
+    capability = nvidia.target().compute_capability
     if capability != 90:
         return f"needs compute capability 9.0, and this GPU has {capability / 10}"
     if jax.__version__ not in _JAX_VERSIONS:

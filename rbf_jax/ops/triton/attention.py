@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rbf_jax.ops import nvidia
 from rbf_jax.ops.partition import by_batch_and_heads
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.triton.tiles import Pass, Tiles, choose, overridden, padded_head_dim
@@ -73,7 +74,7 @@ class _Plan:
 
     options: Options
     overrides: tuple[tuple[Pass, Tiles], ...]
-    target: launch.Target
+    target: nvidia.Target
 
 
 def _split(inputs: Inputs, masking: Masking) -> tuple[_Full, _Shared]:
@@ -103,7 +104,7 @@ def _plan(options: Options) -> _Plan:
         options.return_residual,
         static_key_norm_weight=0.0 if weight is not None and weight <= 0 else None,
     )
-    return _Plan(needed, overridden(), launch.target())
+    return _Plan(needed, overridden(), nvidia.target())
 
 
 class _Call:

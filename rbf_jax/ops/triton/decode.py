@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rbf_jax.ops import nvidia
 from rbf_jax.ops.decode_types import Call, Options
 from rbf_jax.ops.partition import by_batch_and_heads
 from rbf_jax.ops.triton import launch
@@ -83,7 +84,7 @@ def choose_sizes(
     visible: int,
     head_dim: int,
     dtype: jnp.dtype,
-    target: launch.Target,
+    target: nvidia.Target,
 ) -> Sizes:
     """Returns the sizes where there is no override.
 
@@ -195,7 +196,7 @@ class _Plan:
 
     options: Options
     sizes: Sizes | None
-    target: launch.Target
+    target: nvidia.Target
 
 
 def attend(call: Call, options: Options) -> tuple[jax.Array, jax.Array]:
@@ -203,7 +204,7 @@ def attend(call: Call, options: Options) -> tuple[jax.Array, jax.Array]:
     slopes = None if call.alibi_slopes is None else call.alibi_slopes[None]
     shared = _Shared(call.gamma[None], call.key_norm_weight[None], slopes)
     full = _Full(call.query, *call.cache, call.starts, call.lengths)
-    return _program(_Plan(options, _override.get(), launch.target()), full, shared)
+    return _program(_Plan(options, _override.get(), nvidia.target()), full, shared)
 
 
 @functools.partial(jax.jit, static_argnames="plan")

@@ -10,39 +10,25 @@ import functools
 import importlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import extend as jex
 from jax.interpreters import mlir, xla
 
-from rbf_jax.ops import partition
+from rbf_jax.ops import nvidia, partition
 from rbf_jax.ops.triton.tiles import Tiles
 from rbf_jax.ops.varying import vary_like
 
 _LARGEST_HEAD_DIM = 256
 
 
-class Target(NamedTuple):
-    """The GPU that programs are compiled for.
-
-    Attributes:
-      name: as JAX gives it.
-      compute_capability: times ten.
-      num_multiprocessors: an H100 has 132.
-    """
-
-    name: str
-    compute_capability: int
-    num_multiprocessors: int = 132
-
-
 def unavailable() -> str | None:
     """Returns why no kernel can be run here, as the rest of a sentence, or None if one can."""
-    if jax.default_backend() != "gpu" or "NVIDIA" not in jax.devices()[0].device_kind:
-        return f"needs an NVIDIA GPU, and JAX's default backend is {jax.default_backend()}"
-    capability = target().compute_capability
+    reason = nvidia.unavailable()
+    if reason is not None:
+        return reason
+    capability = nvidia.target().compute_capability
     if capability < 80:
         return f"needs compute capability 8.0 or later, and this GPU has {capability / 10}"
     try:
@@ -62,14 +48,6 @@ def unsupported(query: jax.Array) -> str | None:
     if query.shape[-1] > _LARGEST_HEAD_DIM:
         return f"supports head dimensions up to {_LARGEST_HEAD_DIM}, not {query.shape[-1]}"
     return None
-
-
-@functools.cache
-def target() -> Target:
-    """The GPU that JAX sees first."""
-    device = jax.devices()[0]
-    capability = int(float(device.compute_capability) * 10 + 0.5)
-    return Target(device.device_kind, capability, device.core_count)
 
 
 def run(
@@ -109,7 +87,7 @@ def run(
         grid=(programs,),
         name=kernel.__name__,
         custom_call_target_name="triton_kernel_call",
-        compute_capability=target().compute_capability,
+        compute_capability=nvidia.target().compute_capability,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         num_ctas=1,

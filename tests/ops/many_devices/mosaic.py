@@ -16,8 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlib import lapack
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops import cudnn
-from rbf_jax.ops.triton import launch
+from rbf_jax.ops import cudnn, nvidia
 from tests.ops.many_devices.collectives import collectives
 
 B, T, N, K, H = 8, 4096, 8, 4, 64
@@ -33,8 +32,8 @@ def handler():
 
 @pytest.fixture(autouse=True)
 def h100(monkeypatch):
-    monkeypatch.setattr(launch, "unavailable", lambda: None)
-    monkeypatch.setattr(launch, "target", lambda: launch.Target("NVIDIA H100 80GB HBM3", 90))
+    monkeypatch.setattr(nvidia, "unavailable", lambda: None)
+    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("NVIDIA H100 80GB HBM3", 90))
 
 
 def mesh_of(**sizes):

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops import decode, xla
+from rbf_jax.ops import decode, nvidia, xla
 from rbf_jax.ops.cache import KeysValues
 from rbf_jax.ops.partition import by_batch_and_heads
 from rbf_jax.ops.triton import launch
@@ -79,8 +79,8 @@ def _pretend(monkeypatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(launch, "unavailable", lambda: None)
-    target = launch.Target("NVIDIA H100 80GB HBM3", 90)
-    monkeypatch.setattr(launch, "target", lambda: target)
+    target = nvidia.Target("NVIDIA H100 80GB HBM3", 90)
+    monkeypatch.setattr(nvidia, "target", lambda: target)
     return queries
 
 

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rbf_jax.ops import reference
+from rbf_jax.ops import nvidia, reference
 from rbf_jax.ops.mosaic import attention, forward
 from rbf_jax.ops.mosaic.tiles import Tiles, override_tiles
 from rbf_jax.ops.ring import Ring, ring_attention
-from rbf_jax.ops.triton import launch
 from rbf_jax.ops.types import Inputs, Masking, Options
 from tests.ops import adversarial, cases, contract
 from tests.ops.mosaic_interpreter import interpreted
@@ -61,8 +60,8 @@ WHOLE_STEPS = cases.case(
 
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch):
-    monkeypatch.setattr(launch, "unavailable", lambda: None)
-    monkeypatch.setattr(launch, "target", lambda: launch.Target("NVIDIA H100 80GB HBM3", 90))
+    monkeypatch.setattr(nvidia, "unavailable", lambda: None)
+    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("NVIDIA H100 80GB HBM3", 90))
     with interpreted():
         yield
 
