@@ -229,7 +229,8 @@ def _best(inputs: Inputs, masking: Masking, options: Options):
     cuDNN is made, so that then comes first.
     """
     refused = []
-    names = ["mosaic"] if mosaic.is_faster_than_triton(inputs) else []
+    lengths = sharded.lengths_at_once(inputs, options)
+    names = ["mosaic"] if mosaic.is_faster_than_triton(inputs, *lengths) else []
     names += ["triton", "cudnn"]
     if options.static_key_norm_weight == 0:
         names.sort(key="cudnn".__ne__)

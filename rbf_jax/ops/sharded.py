@@ -89,6 +89,17 @@ def split_of(inputs: Inputs, options: Options) -> Split | None:
     return Split(batch, heads, queries, query_length, ring)
 
 
+def lengths_at_once(inputs: Inputs, options: Options) -> tuple[int, int]:
+    """How many queries and keys a device attends with at once, as the mesh splits the call."""
+    T, S = inputs.query.shape[1], inputs.key.shape[1]
+    split = split_of(inputs, options)
+    if split is None or split.queries is None:
+        return T, S
+    if split.ring is not None:
+        return split.ring.query_chunk, split.ring.key_chunk
+    return split.query_length // jax.sharding.get_abstract_mesh().shape[split.queries], S
+
+
 def attend(passes: Passes, split: Split, inputs: Inputs, masking: Masking, options: Options):
     """``attend`` of an implementation, each device doing its part.
 

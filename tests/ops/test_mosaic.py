@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.mosaic.gpu import core as mosaic_gpu
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
@@ -147,6 +148,27 @@ def test_it_is_the_default_where_it_is_faster(monkeypatch, change, calls):
     program = _program(functools.partial(rbf_attention, **options), *arrays)
     assert len(CALL.findall(program)) == calls
     assert calls or "triton_kernel_call" in program
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "mosaic"),
+    [
+        (8192, {}, True),
+        (8190, {}, False),
+        (16384, {"is_causal": True}, True),
+        (8192, {"is_causal": True}, False),
+        (8192, {"is_causal": True, "local_window_size": (100, 0)}, True),
+    ],
+)
+def test_a_ring_asks_by_its_chunks(monkeypatch, length, options, mosaic):
+    """Two devices have halves; under a causal rule each has two quarters."""
+    monkeypatch.setattr(jax, "__version__", "0.11.2")
+    array = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.bfloat16)
+    mesh = jax.make_mesh((2,), ("seq",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        program = _program(functools.partial(rbf_attention, **options), array, array, array)
+    assert bool(CALL.search(program)) == mosaic
+    assert ("triton_kernel_call" in program) != mosaic
 
 
 @pytest.mark.parametrize(
