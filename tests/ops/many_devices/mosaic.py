@@ -19,7 +19,7 @@ from rbf_jax import rbf_attention
 from rbf_jax.ops import cudnn, nvidia
 from tests.ops.many_devices.collectives import collectives
 
-B, T, N, K, H = 8, 4096, 8, 4, 64
+B, T, N, K, H = 8, 16 * 4096, 8, 4, 64  # 4,096 to each chunk of a ring
 NAME = "mosaic_gpu_v2"
 ROWS = ("data", "fsdp")
 
