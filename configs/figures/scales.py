@@ -1,6 +1,6 @@
 """The configuration that all variants of a figure start from, and the seeds, at three scales.
 
-smoke   seconds a figure, on a CPU: for tests
+smoke   a minute or two a figure, on a CPU, most of it compiling: for tests
 small   minutes a figure, on 2 CPU cores: to see the pipeline work, not to learn from
 paper   for a GPU; on TinyStories, from tensorflow-datasets unless --base.data.source=text and files
         say otherwise
