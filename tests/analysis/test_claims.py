@@ -255,6 +255,15 @@ def test_figures_of_the_operation_are_drawn_from_the_kept_files():
         assert numbers["file"].startswith("docs/measurements/")
 
 
+def test_memory_has_plain_numbers_and_names_its_limit():
+    made, numbers = claims.FIGURES["memory"].draw([])
+    made.draw_without_rendering()
+    (axis,) = made.axes
+    limit = max(row["bytes_limit"] for row in numbers["memory"])
+    assert f"there are {limit / 2**30:.0f} GiB" in {text.get_text() for text in axis.texts}
+    assert {"1,024", "16,384", "262,144"} <= {text.get_text() for text in axis.get_xticklabels()}
+
+
 def test_without_its_file_a_figure_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(operation, "LAYER", (tmp_path / "none.json",))
     claims.write([claims.FIGURES["layer_profile"]], {"layer_profile": []}, {}, {}, tmp_path, "x")

@@ -147,8 +147,18 @@ def memory(_: Any) -> tuple[Figure, dict[str, Any]]:
                 color=look.color,
             )
     axis.axhline(limit / 2**30, color="0.4", linewidth=0.8)
-    axis.set_xscale("log", base=2)
+    axis.annotate(
+        f"there are {limit / 2**30:.0f} GiB",
+        (0.01, limit / 2**30),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -8),
+        textcoords="offset points",
+        fontsize=6.5,
+    )
+    axis.set_xscale("log", base=4)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.set(title="Memory of forward + backward", xlabel="T = S", ylabel="temporaries, GiB")
     axis.legend(fontsize=7)
