@@ -65,6 +65,7 @@ def test_forward(H, dtype, options):
         Tiles(block_k=64, stages=3),
         Tiles(block_k=256, consumers=1, pingpong=False),
         Tiles(consumers=3, pingpong=False),
+        Tiles(visits=4),
     ],
     ids=str,
 )
@@ -214,6 +215,7 @@ def test_other_versions_of_jax(monkeypatch):
         ({"block_q": 96}, "block_q=96 must be a multiple of 64"),
         ({"block_k": 320}, "block_k=320 must be a multiple of 64 up to 256"),
         ({"stages": 1}, "stages=1 must be at least 2"),
+        ({"visits": 0}, "visits=0 must be at least 1"),
         ({"consumers": 4}, "consumers=4 must be one of [1, 2, 3]"),
         ({"consumers": 3}, "pingpong=True requires consumers=2, not 3"),
         (
@@ -253,7 +255,7 @@ THREE = Tiles(block_k=64, stages=3, consumers=3, pingpong=False)
     ("kernel", "tiles"),
     [
         ("forward", Tiles()),
-        ("forward", THREE),
+        ("forward", dataclasses.replace(THREE, visits=3)),
         ("queries", THREE),
         ("queries", Tiles(block_q=128, consumers=1, pingpong=False)),
         ("keys", THREE),

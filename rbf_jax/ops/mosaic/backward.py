@@ -83,7 +83,7 @@ def queries(
     def rbf_attention_queries(*refs):
         memory = _QueriesMemory(*refs[11:])
         block = _QueriesBlock([*refs[:6], *refs[9:11]], memory, rules, tiles, num_tiles)
-        pl.when(block.warpgroup < consumers)(lambda: block.differentiate(refs[6:9]))
+        pl.when(block.warpgroup < consumers)(lambda: block.at(0).differentiate(refs[6:9]))
         pl.when(block.warpgroup == consumers)(block.load)
 
     results = [

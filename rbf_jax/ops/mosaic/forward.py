@@ -9,9 +9,10 @@ warpgroup that loads waits for the others' verdict. So one kernel is right on an
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -80,12 +81,13 @@ class _State(NamedTuple):
 class _Memory(NamedTuple):
     """Shared memory and barriers of a block of threads: their types, and in the kernel the refs."""
 
-    query: Any  # (consumers, block_q, H), later the output
+    query: Any  # (1 or 2, consumers, block_q, H), later the output
     key: Any  # (stages, block_k, H)
     value: Any
     norms: Any  # float32 (stages, block_k)
-    rows: Any  # float32 (consumers, block_q): the logsumexp, and what is reduced over rows
-    flags: Any  # int32 (consumers,): the gate's verdicts
+    rows: Any  # float32 (consumers, block_q): what is reduced over rows
+    logsumexp: Any  # float32 (consumers, block_q)
+    flags: Any  # int32 (visits, consumers): the gate's verdicts
     query_loaded: Any
     key_loaded: Any
     value_loaded: Any
@@ -125,15 +127,16 @@ def forward(
       attend to nothing. T' is a multiple of the queries of a block of threads.
     """
     B, T, N, _ = query.shape
-    num_tiles = -(-T // tiles.rows)
+    num_blocks = -(-T // (tiles.rows * tiles.visits))
     stages, consumers = tiles.stages, tiles.consumers
     memory = _Memory(
-        query=swizzled(query, consumers, tiles.block_q),
+        query=swizzled(query, min(tiles.visits, 2), consumers, tiles.block_q),
         key=swizzled(query, stages, tiles.block_k),
         value=swizzled(query, stages, tiles.block_k),
         norms=plgpu.SMEM((stages, tiles.block_k), jnp.float32),
         rows=plgpu.SMEM((consumers, tiles.block_q), jnp.float32),
-        flags=plgpu.SMEM((consumers,), jnp.int32),
+        logsumexp=plgpu.SMEM((consumers, tiles.block_q), jnp.float32),
+        flags=plgpu.SMEM((tiles.visits, consumers), jnp.int32),
         query_loaded=plgpu.Barrier(num_barriers=consumers),
         key_loaded=plgpu.Barrier(num_arrivals=2, num_barriers=stages),  # the norms too
         value_loaded=plgpu.Barrier(num_barriers=stages),
@@ -145,15 +148,15 @@ def forward(
 
     def rbf_attention_forward(*refs):
         arrays, memory = refs[:8], _Memory(*refs[8:])
-        block = Block(arrays, memory, rules, tiles, num_tiles)
+        block = Block(arrays, memory, rules, tiles, num_blocks)
         pl.when(block.warpgroup < consumers)(block.compute)
         pl.when(block.warpgroup == consumers)(block.load)
 
     results = [
         struct_like(query.shape, query.dtype, query),
-        struct_like((B, N, num_tiles * tiles.rows), jnp.float32, query),
+        struct_like((B, N, num_blocks * tiles.visits * tiles.rows), jnp.float32, query),
     ]
-    call = kernel(rbf_attention_forward, results, memory, (N, num_tiles, B), consumers)
+    call = kernel(rbf_attention_forward, results, memory, (N, num_blocks, B), consumers)
     return tuple(call(query, key, value, norms, per_head, lengths))
 
 
@@ -172,9 +175,18 @@ def kernel(body, results, memory: NamedTuple, grid: tuple[int, int, int], consum
 
 
 class Block:
-    """What a block of threads knows, and what its warpgroups do."""
+    """What a block of threads knows, and what its warpgroups do.
 
-    def __init__(self, arrays, memory: Any, rules: Rules, tiles: Tiles, num_tiles: int):
+    It visits one tile of queries after the other; `at` adds what is known of one.
+    """
+
+    visit: jax.Array | int
+    buffer: jax.Array | int  # in which the tile's queries are
+    first_row: jax.Array  # of those that are the warpgroup's
+    blocks: Blocks
+    steps: jax.Array
+
+    def __init__(self, arrays, memory: Any, rules: Rules, tiles: Tiles, num_blocks: int):
         self.query, self.key, self.value, self.norms, per_head, lengths = arrays[:6]
         self.out, self.logsumexp = arrays[6:]
         self.memory, self.rules, self.tiles = memory, rules, tiles
@@ -183,16 +195,41 @@ class Block:
         self.batch, self.head = lax.axis_index("batch"), lax.axis_index("heads")
         group = self.query.shape[2] // self.key.shape[2]
         self.key_head = lax.div(self.head, jnp.int32(group))
-        tile = lax.axis_index("tiles")
-        if rules.causal:  # those with the most keys first
-            tile = num_tiles - 1 - tile
-        first = tile * tiles.rows
-        self.first_row = first + self.warpgroup * tiles.block_q
+        self.num_blocks = num_blocks
         self.query_stop, self.key_stop, self.offset = extent(rules, lengths, self.batch)
-        self.blocks = self._visited(first)
-        self.steps = self.blocks.stop - self.blocks.start
         batch = self.batch if per_head.shape[0] > 1 else 0
         self.numbers = [per_head.at[batch, i, self.head] for i in range(3)]
+
+    def at(self, visit: jax.Array | int) -> Self:
+        """The block at its tile of queries of that number."""
+        here = copy.copy(self)
+        here.visit = visit
+        here.buffer = lax.rem(visit, 2) if self.tiles.visits > 1 else 0
+        first = self._tile(visit) * self.tiles.rows
+        here.first_row = first + self.warpgroup * self.tiles.block_q
+        here.blocks = self._visited(first)
+        here.steps = here.blocks.stop - here.blocks.start
+        return here
+
+    def _tile(self, visit: jax.Array | int) -> jax.Array:
+        """Blocks turn at each end, so that under a causal rule all have as many keys."""
+        block, visits = lax.axis_index("tiles"), self.tiles.visits
+        if visits > 1:
+            odd = lax.rem(visit, 2) == 1
+            block = visit * self.num_blocks + jnp.where(odd, self.num_blocks - 1 - block, block)
+        if self.rules.causal:  # those with the most keys first
+            return self.num_blocks * visits - 1 - block
+        return block
+
+    def each_visit(self, function, steps: jax.Array) -> jax.Array:
+        """Calls `function(block at a visit, steps before)`; returns the steps before the end."""
+
+        def body(visit, steps):
+            return function(self.at(visit), steps)
+
+        if self.tiles.visits == 1:
+            return body(0, steps)
+        return lax.fori_loop(0, self.tiles.visits, body, steps)
 
     def _visited(self, first: jax.Array) -> Blocks:
         """The blocks of keys that the block's queries, from `first`, may attend to."""
@@ -211,7 +248,7 @@ class Block:
             start = lax.div(jnp.maximum(first - rules.left, 0), size)
             inner_start = blocks_of(jnp.maximum(last - rules.left, 0), size)
         stop = blocks_of(jnp.maximum(stop, 0), size)
-        if rules.query_lengths:
+        if rules.query_lengths or self.tiles.visits > 1:
             stop = jnp.where(row < self.query_stop, stop, 0)
         start = jnp.minimum(start, stop)
         inner_start = jnp.clip(inner_start, start, stop)
@@ -222,17 +259,24 @@ class Block:
     def load(self) -> None:
         """The warpgroup that loads keys, their norms and values."""
         plgpu.set_max_registers(self.tiles.registers[1], action="decrease")
-        self._load_all(jnp.int32(0))
-        total = self.steps
+        total = self.each_visit(lambda tile, steps: tile._load_tile(steps), jnp.int32(0))
         if not self.rules.online:
-            redo = self._verdict()
-            pl.when(redo)(lambda: self._load_all(self.steps))
-            total = jnp.where(redo, 2 * total, total)
+            plgpu.barrier_wait(self.memory.decided)
+            total = self.each_visit(lambda tile, steps: tile._load_again(steps), total)
 
         @pl.loop(jnp.maximum(total - self.tiles.stages, 0), total)
         def _all_is_read(step):
             self._wait_until_free(self.memory.key_free, step)
             self._wait_until_free(self.memory.value_free, step)
+
+    def _load_tile(self, steps_before: jax.Array) -> jax.Array:
+        self._load_all(steps_before)
+        return steps_before + self.steps
+
+    def _load_again(self, steps_before: jax.Array) -> jax.Array:
+        redo = self._verdict()
+        pl.when(redo)(lambda: self._load_all(steps_before))
+        return jnp.where(redo, steps_before + self.steps, steps_before)
 
     def _load_all(self, steps_before: jax.Array) -> None:
         memory, size = self.memory, self.tiles.block_k
@@ -261,45 +305,72 @@ class Block:
         plgpu.barrier_wait(barriers.at[self.slot(step)])
 
     def _verdict(self) -> jax.Array:
-        """Whether any consumer wants online softmax, when all have decided."""
-        plgpu.barrier_wait(self.memory.decided)
-        wanted = self.memory.flags[0]
+        """Whether any consumer wants online softmax here; all have decided."""
+        wanted = self.memory.flags[self.visit, 0]
         for consumer in range(1, self.tiles.consumers):
-            wanted |= self.memory.flags[consumer]
+            wanted |= self.memory.flags[self.visit, consumer]
         return wanted != 0
 
     def compute(self) -> None:
-        """A warpgroup that computes: its tile of the output and of the logsumexp."""
+        """A warpgroup that computes: its tiles of the output and of the logsumexp."""
         plgpu.set_max_registers(self.tiles.registers[0], action="increase")
         self.scale, self.weight = self.numbers[0][...], self.numbers[1][...]
-        memory, mine = self.memory, self.warpgroup
-        rows = pl.ds(self.first_row, self.tiles.block_q)
-        loaded = memory.query_loaded.at[mine]
-        tile = self.query.at[self.batch, rows, self.head]
-        plgpu.copy_gmem_to_smem(tile, memory.query.at[mine], loaded)
-        plgpu.barrier_wait(loaded)
-        zero = jnp.float32(0)
-        if self.rules.online:
-            self._store(self._whole_rows(self._attend(jnp.int32(0), zero, True), zero), zero)
-            return
-        bound, safe = self._bound()
-        reference = jnp.where(safe, bound - HEADROOM, 0.0)
-        state = self._whole_rows(self._attend(jnp.int32(0), reference, False), reference)
-        memory.flags[mine] = self._must_redo(state, safe)
-        plgpu.barrier_arrive(memory.decided)
-        redo = self._verdict()
+        if self.tiles.pingpong:
+            pl.when(self.warpgroup == 1)(lambda: plgpu.barrier_arrive(self.memory.turn))
+        self.at(0)._fetch_query()
+        total = self.each_visit(lambda tile, steps: tile._compute(steps), jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+        if not self.rules.online:
+            plgpu.barrier_arrive(self.memory.decided)
+            plgpu.barrier_wait(self.memory.decided)
+            self.each_visit(lambda tile, steps: tile._compute_again(steps), total)
 
-        @pl.when(jnp.logical_not(redo))
-        def _right():
-            self._store(state, reference)
+    def _fetch_query(self) -> None:
+        rows = pl.ds(self.first_row, self.tiles.block_q)
+        plgpu.copy_gmem_to_smem(
+            self.query.at[self.batch, rows, self.head],
+            self.memory.query.at[self.buffer, self.warpgroup],
+            self.memory.query_loaded.at[self.warpgroup],
+        )
+
+    def _wait_for_query(self) -> None:
+        plgpu.barrier_wait(self.memory.query_loaded.at[self.warpgroup])
+
+    def _compute(self, steps_before: jax.Array) -> jax.Array:
+        """A tile, from the bound where there is one, while the next tile's queries come."""
+        zero = jnp.float32(0)
+        self._wait_for_query()
+        reference, safe = zero, None
+        if not self.rules.online:
+            bound, safe = self._bound()
+            reference = jnp.where(safe, bound - HEADROOM, 0.0)
+        if self.tiles.visits > 1:
+            # The last tile's output leaves the buffer that the next tile's queries come to.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            pl.when(self.visit + 1 < self.tiles.visits)(self.at(self.visit + 1)._fetch_query)
+        state = self._attend(steps_before, reference, self.rules.online)
+        state = self._whole_rows(state, reference)
+        if safe is not None:
+            self.memory.flags[self.visit, self.warpgroup] = self._must_redo(state, safe)
+        self._store(state, reference)
+        return steps_before + self.steps
+
+    def _compute_again(self, steps_before: jax.Array) -> jax.Array:
+        """The tile by online softmax, if any warpgroup wants that."""
+        redo, zero = self._verdict(), jnp.float32(0)
 
         @pl.when(redo)
         def _again():
-            self._store(self._whole_rows(self._attend(self.steps, zero, True), zero), zero)
+            self._fetch_query()
+            self._wait_for_query()
+            self._store(self._whole_rows(self._attend(steps_before, zero, True), zero), zero)
+            plgpu.wait_smem_to_gmem(0)
+
+        return jnp.where(redo, steps_before + self.steps, steps_before)
 
     def _bound(self) -> tuple[jax.Array, jax.Array]:
         """The largest bound of the tile's logits, and whether it can be measured from."""
-        query = self.memory.query.at[self.warpgroup]
+        query = self.memory.query.at[self.buffer, self.warpgroup]
         query = load(query, plgpu.Layout.WGMMA).astype(jnp.float32)
         scale, weight = self.scale, self.weight
         largest = self._largest(jnp.sum(query * query, axis=1))
@@ -352,14 +423,16 @@ class Block:
             plgpu.barrier_wait(self.memory.key_loaded.at[self.slot(steps_before)])
 
         if self.tiles.pingpong:
-            pl.when(self.warpgroup == 1)(self._hand_over)
+            pl.when(self.warpgroup == 1)(lambda: plgpu.barrier_wait(self.memory.turn))
         if self.rules.left is not None:
             state = section(start, inner_start, state, False)
         state = section(inner_start, inner_stop, state, True)
         if self.has_rest():
             state = section(inner_stop, stop, state, False)
         if self.tiles.pingpong:
+            # The second's arrival is for the next tile, so that the first need not wait for it.
             pl.when(self.warpgroup == 0)(self._hand_over)
+            pl.when(self.warpgroup == 1)(lambda: plgpu.barrier_arrive(self.memory.turn))
         return state._replace(total=jnp.sum(state.total, axis=1))
 
     def has_rest(self) -> bool:
@@ -381,7 +454,7 @@ class Block:
 
         def products(acc):
             key = memory.key.at[slot].transpose((1, 0))
-            plgpu.wgmma(acc, memory.query.at[self.warpgroup], key)
+            plgpu.wgmma(acc, memory.query.at[self.buffer, self.warpgroup], key)
             if pingpong:
                 self._hand_over()
             return acc[...]
@@ -457,15 +530,16 @@ class Block:
         divisor = jnp.where(empty, 1.0, total)
         out = acc / lax.broadcast_in_dim(divisor, acc.shape, [0])
         logsumexp = jnp.where(empty, jnp.inf, reference + maximum + _log2(divisor))
-        memory.query[mine] = out.astype(self.out.dtype)
-        memory.rows[mine] = logsumexp
+        memory.query[self.buffer, mine] = out.astype(self.out.dtype)
+        memory.logsumexp[mine] = logsumexp
         plgpu.commit_smem()
         rows = pl.ds(self.first_row, self.tiles.block_q)
-        plgpu.copy_smem_to_gmem(memory.query.at[mine], self.out.at[self.batch, rows, self.head])
         plgpu.copy_smem_to_gmem(
-            memory.rows.at[mine], self.logsumexp.at[self.batch, self.head, rows]
+            memory.query.at[self.buffer, mine], self.out.at[self.batch, rows, self.head]
         )
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.copy_smem_to_gmem(
+            memory.logsumexp.at[mine], self.logsumexp.at[self.batch, self.head, rows]
+        )
 
 
 def load(ref, layout) -> jax.Array:

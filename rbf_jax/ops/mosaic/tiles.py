@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Iterator
 from typing import Literal
+
+from rbf_jax.ops.override import override
 
 HEAD_DIMS = (64, 128, 256)
 Kernel = Literal["forward", "queries", "keys", "gradients"]
@@ -25,6 +27,8 @@ class Tiles:
       stages: tiles of keys and values in shared memory, at least 2.
       consumers: warpgroups that compute, 1 to 3; one more loads.
       pingpong: two consumers take turns, one in its softmax while the other multiplies.
+      visits: tiles of queries that a block of threads of the forward pass computes one after the
+        other, so that the next one's loads hide the last one's end.
       one_kernel: the backward pass is one kernel, whose dq differs in the last bits from run to
         run, and not two.
     """
@@ -34,6 +38,7 @@ class Tiles:
     stages: int = 2
     consumers: int = 2
     pingpong: bool = True
+    visits: int = 1
     one_kernel: bool = False
 
     def __post_init__(self):
@@ -45,6 +50,8 @@ class Tiles:
             raise ValueError(f"stages={self.stages} must be at least 2.")
         if self.consumers not in _REGISTERS:
             raise ValueError(f"consumers={self.consumers} must be one of {sorted(_REGISTERS)}.")
+        if self.visits < 1:
+            raise ValueError(f"visits={self.visits} must be at least 1.")
         if self.pingpong and self.consumers != 2:
             raise ValueError(
                 f"pingpong={self.pingpong} requires consumers=2, not {self.consumers}."
@@ -80,10 +87,11 @@ class Tiles:
         by_keys = kernel in ("keys", "gradients")
         kept = self.keys if by_keys else self.rows
         moving = self.stages * (self.block_q if by_keys else self.block_k)
-        vectors = [kept] * (1 if kernel == "forward" else 2) + [moving] * 2
+        buffers = min(self.visits, 2) if kernel == "forward" else 2
+        vectors = [kept] * buffers + [moving] * 2
         numbers = [kept, 2 * moving] if by_keys else [2 * kept, moving]
         if kernel == "forward":
-            numbers = [kept, moving, self.consumers]
+            numbers = [kept, kept, moving, self.visits * self.consumers]
         arrays = [2 * head_dim * x for x in vectors] + [4 * x for x in numbers]
         barriers = self.consumers + 4 * self.stages
         if kernel == "forward":
@@ -99,23 +107,22 @@ class Tiles:
         return self.shared_memory(kernel, head_dim) <= _LARGEST_SHARED_MEMORY
 
 
-_override: list[tuple[Tiles | None, Tiles | None]] = [(None, None)]
+_overrides: contextvars.ContextVar[tuple[Tiles | None, Tiles | None]] = contextvars.ContextVar(
+    "rbf_jax_mosaic_tiles", default=(None, None)
+)
 
 
-@contextlib.contextmanager
-def override_tiles(forward: Tiles | None = None, backward: Tiles | None = None) -> Iterator[None]:
+def override_tiles(
+    forward: Tiles | None = None, backward: Tiles | None = None
+) -> contextlib.AbstractContextManager[None]:
     """Within it, the kernels of programs that are traced have these tiles; None: as before."""
-    old_forward, old_backward = _override[-1]
-    _override.append((forward or old_forward, backward or old_backward))
-    try:
-        yield
-    finally:
-        _override.pop()
+    old_forward, old_backward = _overrides.get()
+    return override(_overrides, (forward or old_forward, backward or old_backward))
 
 
 def overridden() -> tuple[Tiles | None, Tiles | None]:
     """The tiles of the forward and of the backward pass by `override_tiles`, if any."""
-    return _override[-1]
+    return _overrides.get()
 
 
 def choose(head_dim: int, plain: bool) -> Tiles:

@@ -21,6 +21,7 @@ from tests.ops import adversarial, cases, contract
 from tests.ops.mosaic_interpreter import interpreted
 
 TILES = Tiles(block_k=64)
+MANY_VISITS = Tiles(block_k=64, visits=3)
 TWO_KERNELS = Tiles(block_k=64, pingpong=False)
 ONE_KERNEL = dataclasses.replace(TWO_KERNELS, one_kernel=True)
 ADVERSARIAL = {case.name: case for case in adversarial.CASES}
@@ -107,6 +108,17 @@ def test_more_steps_than_stages(case, backward):
 
 def test_more_steps_than_stages_in_float16():
     assert not _forward_violations(STEPS, "float16")
+
+
+def test_many_tiles_in_a_block_of_threads():
+    """Five tiles for blocks of three, one of which is beyond the queries."""
+    assert not _forward_violations(WHOLE_STEPS, tiles=MANY_VISITS)
+
+
+def test_gate_of_one_tile_of_many():
+    shape = {"T": 260, "S": 150, "N": 1, "K": 1}
+    case = adversarial.case("one", "some", _second_tile_far, **shape)
+    assert not _forward_violations(case, tiles=MANY_VISITS)
 
 
 def test_larger_heads():
