@@ -2,8 +2,8 @@
 
     python run.py TOKEN,TOKEN,... [TOKEN,TOKEN,... ...] [--tokens=N]
 
-Each argument is a prompt, as the numbers of its tokens. Prints the N likeliest tokens to follow
-each, one by one; one line a prompt.
+Each argument is a prompt, as the numbers of its tokens. Prints the N likeliest tokens (20 unless
+given) to follow each, one by one; one line a prompt.
 """
 
 import argparse
@@ -38,17 +38,34 @@ def read_program(path, **options):
     return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call, **options)
 
 
+def check(config, prompts, num_tokens):
+    """Raises ValueError for what the programs would answer with nonsense."""
+    width, capacity = config["about"]["prompt_length"], config["about"]["capacity"]
+    longest = max(map(len, prompts))
+    if longest > width:
+        raise ValueError(f"a prompt has {longest} tokens; the program takes at most {width}.")
+    # The last token is not read again, and takes no place.
+    most = capacity - longest + 1
+    if not 1 <= num_tokens <= most:
+        raise ValueError(
+            f"--tokens={num_tokens} must be at least 1 and at most {most}: the program holds "
+            f"{capacity} tokens, the prompt's {longest} among them."
+        )
+    vocab_size = config["model"]["vocab_size"]
+    for token in (token for prompt in prompts for token in prompt):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"token {token} must be at least 0 and less than {vocab_size}.")
+
+
 def continuations(folder, prompts, num_tokens):
     """Returns the `num_tokens` likeliest tokens, one after another, to follow each prompt."""
+    config = json.loads((folder / "config.json").read_text())
+    check(config, prompts, num_tokens)
     parameters = read_parameters(folder / "model.safetensors")
     prefill = read_program(folder / "prefill.jax_export")
     # The cache is given away: the step then writes into it, and copies nothing.
     step = read_program(folder / "step.jax_export", donate_argnums=1)
-    width = json.loads((folder / "config.json").read_text())["about"]["prompt_length"]
-    longest = max(map(len, prompts))
-    if longest > width:
-        raise ValueError(f"a prompt has {longest} tokens; the program takes at most {width}.")
-    tokens = np.zeros((len(prompts), width), np.int32)
+    tokens = np.zeros((len(prompts), config["about"]["prompt_length"]), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -63,7 +80,12 @@ def continuations(folder, prompts, num_tokens):
 
 def numbers(text):
     """Reads TOKEN,TOKEN,..."""
-    return [int(token) for token in text.split(",")]
+    try:
+        return [int(token) for token in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be the numbers of tokens, separated by commas"
+        ) from error
 
 
 def main():

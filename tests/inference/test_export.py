@@ -66,14 +66,17 @@ def test_a_process_that_has_jax_alone(exported, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "message"),
+    ("arguments", "message"),
     [
-        ("Once upon", "invalid numbers value: 'Once upon'"),
-        (",".join(["1"] * 99), "a prompt has 99 tokens; the program takes at most 6."),
+        (["Once upon"], "'Once upon' must be the numbers of tokens, separated by commas"),
+        ([",".join(["1"] * 99)], "a prompt has 99 tokens; the program takes at most 6."),
+        (["1,2,3", "--tokens=11"], "--tokens=11 must be at least 1 and at most 10: the program"),
+        (["1", "--tokens=0"], "--tokens=0 must be at least 1"),
+        (["1,2", "3,17"], "token 17 must be at least 0 and less than 17."),
     ],
 )
-def test_a_wrong_prompt_is_one_line(exported, prompt, message):
-    ended = _run([str(exported[0] / "run.py")], prompt)
+def test_what_is_wrong_is_one_line(exported, arguments, message):
+    ended = _run([str(exported[0] / "run.py")], *arguments)
     assert ended.returncode == 2
     assert message in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
