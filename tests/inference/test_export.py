@@ -72,7 +72,7 @@ def test_a_process_that_has_jax_alone(exported, tmp_path, monkeypatch):
         ([",".join(["1"] * 99)], "a prompt has 99 tokens; the program takes at most 6."),
         (["1,2,3", "--tokens=11"], "--tokens=11 must be at least 1 and at most 10: the program"),
         (["1", "--tokens=0"], "--tokens=0 must be at least 1"),
-        (["1,2", "3,17"], "token 17 must be at least 0 and less than 17."),
+        (["1,2", "3,17", "--tokens=2"], "token 17 must be at least 0 and less than 17."),
     ],
 )
 def test_what_is_wrong_is_one_line(exported, arguments, message):
