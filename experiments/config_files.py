@@ -26,11 +26,14 @@ Schema = Callable[[], ConfigDict]
 class _OrNone(flags.ArgumentParser):
     """Reads "None" as None and leaves the rest to absl's parser of the type."""
 
-    def __init__(self, parser: flags.ArgumentParser):
-        self._parser = parser
+    def __init__(self, parser: flags.ArgumentParser, kind: str):
+        self._parser, self._kind = parser, kind
 
     def parse(self, argument: Any) -> Any:
-        return None if argument in ("None", None) else self._parser.parse(argument)
+        try:
+            return None if argument in ("None", None) else self._parser.parse(argument)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"it must be {self._kind}, not {argument!r}") from error
 
     def flag_type(self) -> str:
         return self._parser.flag_type()
@@ -48,9 +51,9 @@ class _TrueOrFalse(flags.BooleanParser):
 
 # Keys that may not be None are told apart by `checked`, behind the parser.
 config_flags.register_flag_parser_for_type(bool, _TrueOrFalse())
-config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser()))
-config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser()))
-config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser()))
+config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser(), "an int"))
+config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser(), "a float"))
+config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser(), "a string"))
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, Path]:
@@ -105,6 +108,10 @@ def override(
     try:
         config_flags.DEFINE_config_dict(name, config, flag_values=values, sys_argv=list(argv))
         rest = values(list(argv), known_only=known_only)
+    except flags.UnrecognizedFlagError as error:
+        keys = [key for key in _flat(schema()) if key.split(".")[-1] == error.flagname]
+        hint = f"; did you mean --{name}.{keys[0]}?" if keys else ""
+        raise ValueError(f"{_message(error)}{hint}") from error
     except (flags.Error, TypeError, ValueError) as error:
         raise ValueError(_message(error)) from error
     return checked(config, "on the command line", schema), rest
