@@ -27,8 +27,7 @@ from jax._src.state import discharge, indexing
 from jax._src.state import primitives as state_primitives
 from jax._src.state import types as state_types
 
-from rbf_jax.ops import partition
-from rbf_jax.ops.mosaic import attention
+from rbf_jax.ops import kernel_calls, partition
 
 _REPLACED = {
     gpu_primitives.load_p: state_primitives.get_p,
@@ -214,5 +213,5 @@ def interpreted():
 
 
 def _forget() -> None:
-    for program in (attention._forward_program, attention._backward_program):
+    for program in (kernel_calls.forward_program, kernel_calls.backward_program):
         program.clear_cache()

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from rbf_jax.ops import nvidia
+from rbf_jax.ops import kernel_calls, nvidia
 from rbf_jax.ops.triton import attention, tiles
 from rbf_jax.ops.triton.tiles import PASSES, Tiles, choose, default_tiles, override_tiles
 from rbf_jax.ops.types import Inputs, Masking, Options
@@ -82,7 +82,7 @@ def test_an_override_comes_before_the_table(table, monkeypatch):
         numbers = jnp.ones((2,))
         inputs = Inputs(array, array, array, numbers, numbers)
         plan = attention._plan(Options(is_causal=True))
-        call = attention._Call(plan, *attention._split(inputs, Masking()))
+        call = attention._Call(plan, *kernel_calls.split(inputs, Masking()))
         return call.tiles("forward"), call.tiles("keys")
 
     assert chosen() == (B, A)

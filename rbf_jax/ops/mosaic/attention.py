@@ -1,29 +1,33 @@
 """RBF attention by Mosaic GPU kernels on Hopper: what surrounds the kernel, and what it supports.
 
-The kernels import Pallas, so they are imported where they are called. The residuals are those of
-the Triton kernels.
+The kernels import Pallas, so they are imported where they are called.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import re
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rbf_jax.ops import nvidia, partition
+from rbf_jax.ops import kernel_calls, nvidia, partition
+from rbf_jax.ops.kernel_calls import (
+    LOG2E,
+    Full,
+    Rows,
+    Shared,
+    natural_logsumexp,
+    needed,
+    numbers_per_head,
+    own_logsumexp,
+)
 from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, choose_backward, overridden
-from rbf_jax.ops.triton import attention as triton
 from rbf_jax.ops.types import Inputs, Masking, Options
-from rbf_jax.ops.varying import varies, vary_like, vary_together
-from rbf_jax.ops.vjp import Gradients, Residuals, with_custom_vjp
-from rbf_jax.ops.vmap import folding_vmap
+from rbf_jax.ops.varying import varies, vary_together
+from rbf_jax.ops.vjp import Gradients, Passes, Residuals, with_custom_vjp
 
-_LOG2E = 1.4426950408889634
 # Mosaic GPU changes with every version of jax: those that the kernels are written for.
 _JAX_VERSIONS = ("0.10.2", "0.11.2")
 _DETERMINISTIC = re.compile(
@@ -65,26 +69,6 @@ def is_faster_than_triton(inputs: Inputs, num_queries: int, num_keys: int) -> bo
     return measured and min(num_queries, num_keys) >= _MEASURED_FROM
 
 
-class _Full(NamedTuple):
-    """Arrays that have an entry for each element of the batch."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    key_norms: jax.Array  # (B, S, K)
-    query_lengths: jax.Array | None
-    key_lengths: jax.Array | None
-    query_offset: jax.Array | None
-
-
-class _Shared(NamedTuple):
-    """Arrays whose batch axis may have size 1."""
-
-    gamma: jax.Array  # (B or 1, N)
-    key_norm_weight: jax.Array
-    slopes: jax.Array | None
-
-
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """All static choices of a call; hashable, since compiled programs are kept by it."""
@@ -95,49 +79,7 @@ class _Plan:
     backward_tiles: Tiles | None
 
 
-_ROLES = {
-    **dict.fromkeys(("query", "out", "dout"), "b.n."),
-    **dict.fromkeys(("key", "value"), "b.k."),
-    "key_norms": "b.k",
-    **dict.fromkeys(("query_lengths", "key_lengths", "query_offset"), "b"),
-    **dict.fromkeys(("gamma", "key_norm_weight", "slopes"), "bn"),
-    **dict.fromkeys(("query_moment", "norm_moment"), "bn"),
-    "logsumexp": "bn.",
-    "dlogsumexp": "b.n",
-}
-
-
-@functools.partial(jax.jit, static_argnames="plan")
-def _forward_program(plan: _Plan, full: _Full, shared: _Shared):
-    def kernels(full, shared):
-        kernel = functools.partial(_forward_kernel, plan)
-        return _on_each_device(kernel, (full, shared), ("out", "logsumexp"))
-
-    return folding_vmap(kernels)(full, shared)
-
-
-@functools.partial(jax.jit, static_argnames="plan")
-def _backward_program(plan: _Plan, full: _Full, shared: _Shared, rows: triton.Rows) -> Gradients:
-    def kernels(full, shared):
-        kernel = functools.partial(_backward_kernels, plan)
-        return _on_each_device(kernel, (*full, shared), Gradients._fields)
-
-    return folding_vmap(kernels)((full, rows), shared)
-
-
-def _on_each_device(kernels, arguments, results):
-    """Calls kernels on named tuples of arrays, split by batch and heads where those are sharded.
-
-    Pallas forgets over which axes of a mesh results vary.
-    """
-    given = [name for group in arguments for name, x in group._asdict().items() if x is not None]
-    made = partition.by_batch_and_heads(
-        kernels, arguments, [_ROLES[x] for x in given], [_ROLES[x] for x in results]
-    )
-    return vary_like(made, arguments)
-
-
-def _forward_kernel(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.Array]:
+def _forward_kernel(plan: _Plan, full: Full, shared: Shared) -> tuple[jax.Array, jax.Array]:
     from rbf_jax.ops.mosaic.forward import forward
 
     bounded = full.query.dtype == jnp.bfloat16 and plan.options.static_key_norm_weight is None
@@ -150,7 +92,7 @@ def _forward_kernel(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Arra
     return out[:, :T, :, :H], logsumexp
 
 
-def _backward_kernels(plan: _Plan, full: _Full, rows: triton.Rows, shared: _Shared) -> Gradients:
+def _backward_kernels(plan: _Plan, full: Full, rows: Rows, shared: Shared) -> Gradients:
     """The gradients; the moments still have a batch axis."""
     _, T, N, H = full.query.shape
     S, K = full.key.shape[1:3]
@@ -195,12 +137,12 @@ def _one_kernel(inputs, rows, rules, tiles: Tiles) -> tuple[jax.Array, ...]:
 
     query, per_head = inputs[0], inputs[4]
     sums, *of_keys = gradients(inputs, rows, rules=rules, tiles=tiles)
-    dquery = sums * (per_head[:, 0] / jnp.float32(_LOG2E))[:, None, :, None]
+    dquery = sums * (per_head[:, 0] / jnp.float32(LOG2E))[:, None, :, None]
     moments = jnp.einsum("btnh,btnh->bn", query.astype(jnp.float32), dquery)
     return dquery.astype(query.dtype), moments, *of_keys
 
 
-def _rules(plan: _Plan, full: _Full, shared: _Shared, *, online: bool):
+def _rules(plan: _Plan, full: Full, shared: Shared, *, online: bool):
     from rbf_jax.ops.mosaic.forward import Rules
 
     options = plan.options
@@ -220,9 +162,9 @@ def _rules(plan: _Plan, full: _Full, shared: _Shared, *, online: bool):
     )
 
 
-def _inputs(full: _Full, shared: _Shared, tiles: Tiles) -> list[jax.Array]:
+def _inputs(full: Full, shared: Shared, tiles: Tiles) -> list[jax.Array]:
     """The arrays that every kernel reads."""
-    B, T, N, _ = full.query.shape
+    B, T = full.query.shape[:2]
     S = full.key.shape[1]
     lengths = [
         jnp.full(B, most, jnp.int32) if x is None else x
@@ -233,7 +175,7 @@ def _inputs(full: _Full, shared: _Shared, tiles: Tiles) -> list[jax.Array]:
         _padded(full.key),
         _padded(full.value),
         _in_whole_tiles(full.key_norms.swapaxes(1, 2), tiles.keys),
-        _numbers_per_head(shared, N),
+        numbers_per_head(shared),
         jnp.stack(lengths, axis=1),
     ]
     return vary_together(arrays)
@@ -255,24 +197,8 @@ def _in_whole_tiles(x: jax.Array, size: int, fill: float = 0) -> jax.Array:
     return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[-1] % size)], constant_values=fill)
 
 
-def _numbers_per_head(shared: _Shared, N: int) -> jax.Array:
-    """2γ, λγ and the slopes, times log₂e: (B or 1, 3, N)."""
-    gamma = shared.gamma
-    slopes = jnp.zeros_like(gamma) if shared.slopes is None else shared.slopes
-    numbers = (2 * gamma, gamma * shared.key_norm_weight, slopes)
-    sets = max(x.shape[0] for x in numbers)
-    return jnp.float32(_LOG2E) * jnp.stack([jnp.broadcast_to(x, (sets, N)) for x in numbers], 1)
-
-
 def _plan(options: Options) -> _Plan:
-    weight = options.static_key_norm_weight
-    needed = Options(
-        options.is_causal,
-        options.window,
-        options.origin_sink,
-        static_key_norm_weight=0.0 if weight is not None and weight <= 0 else None,
-    )
-    return _Plan(needed, _deterministic(), *overridden())
+    return _Plan(needed(options), _deterministic(), *overridden())
 
 
 def _deterministic() -> bool:
@@ -280,32 +206,14 @@ def _deterministic() -> bool:
     return _DETERMINISTIC.search(os.environ.get("XLA_FLAGS", "")) is not None
 
 
-def _split(inputs: Inputs, masking: Masking) -> tuple[_Full, _Shared]:
-    full = _Full(
-        *inputs[:3],
-        inputs.squared_key_norms(),
-        masking.query_lengths,
-        masking.key_lengths,
-        masking.query_offset,
-    )
-    slopes = None if masking.alibi_slopes is None else masking.alibi_slopes[None]
-    return full, _Shared(inputs.gamma[None], inputs.key_norm_weight[None], slopes)
-
-
 def _forward(inputs: Inputs, masking: Masking, options: Options):
-    return _forward_program(_plan(options), *_split(inputs, masking))
+    return kernel_calls.forward(_forward_kernel, _plan(options), inputs, masking)
 
 
 def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, options: Options):
-    rows = triton.Rows(
-        residuals.out, dout, residuals.logsumexp, dlogsumexp if options.return_residual else None
-    )
-    full, shared = _split(residuals.inputs, residuals.masking)
-    gradients = _backward_program(_plan(options), full, shared, rows)
-    return gradients._replace(
-        query_moment=gradients.query_moment.sum(0), norm_moment=gradients.norm_moment.sum(0)
-    )
+    given = dlogsumexp if options.return_residual else None
+    return kernel_calls.backward(_backward_kernels, _plan(options), residuals, dout, given)
 
 
-PASSES = triton.PASSES._replace(forward=_forward, backward=_backward)
+PASSES = Passes(_forward, _backward, natural_logsumexp, own_logsumexp)
 attend = with_custom_vjp(PASSES)

@@ -1,31 +1,33 @@
 """RBF attention by Triton kernels: what surrounds the kernels, and how each is called.
 
-Key norms are made beforehand, once per key, by XLA, unless the caller has them. The kernels import
-Triton, so they are imported where they are called.
+The kernels import Triton, so they are imported where they are called.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rbf_jax.ops import nvidia
-from rbf_jax.ops.partition import by_batch_and_heads
+from rbf_jax.ops import kernel_calls, nvidia
+from rbf_jax.ops.kernel_calls import (
+    Full,
+    Rows,
+    Shared,
+    aligned,
+    natural_logsumexp,
+    needed,
+    numbers_per_head,
+    own_logsumexp,
+    split,
+)
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.triton.tiles import Pass, Tiles, choose, overridden, padded_head_dim
-from rbf_jax.ops.types import Inputs, Masking, Options, squared_norms
+from rbf_jax.ops.types import Inputs, Masking, Options
 from rbf_jax.ops.vjp import Gradients, Passes, Residuals, with_custom_vjp
-from rbf_jax.ops.vmap import folding_vmap
 
-_LOG2E = 1.4426950408889634
-_LN2 = 0.6931471805599453
-# Rows of numbers, one per query or key, are multiples of this long (`common.ALIGNMENT`).
-_ALIGNMENT = 16
 # Programs that look for tiles which the gate must do again.
 _GATE_PROGRAMS = 512
 
@@ -34,38 +36,6 @@ def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | Non
     """Returns why this call cannot be done here, as the rest of a sentence, or None if it can."""
     del masking, options
     return launch.unsupported(inputs.query)
-
-
-class _Full(NamedTuple):
-    """Arrays that have an entry for each element of the batch."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    key_norms: jax.Array | None  # (B, S, K)
-    query_lengths: jax.Array | None
-    key_lengths: jax.Array | None
-    query_segments: jax.Array | None
-    key_segments: jax.Array | None
-    query_offset: jax.Array | None
-
-
-class _Shared(NamedTuple):
-    """Arrays whose batch axis may have size 1."""
-
-    gamma: jax.Array  # (B or 1, N)
-    key_norm_weight: jax.Array
-    slopes: jax.Array | None
-    mask: jax.Array | None
-
-
-class Rows(NamedTuple):
-    """What the backward pass knows of each query."""
-
-    out: jax.Array  # (B, T, N, H)
-    dout: jax.Array
-    logsumexp: jax.Array  # (B, N, T'), as the kernel left it
-    dlogsumexp: jax.Array | None  # (B, T, N)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,40 +47,14 @@ class _Plan:
     target: nvidia.Target
 
 
-def _split(inputs: Inputs, masking: Masking) -> tuple[_Full, _Shared]:
-    query_segments, key_segments = masking.query_segments, masking.key_segments
-    if query_segments is not None and key_segments is not None:
-        dtype = jnp.promote_types(query_segments.dtype, key_segments.dtype)
-        query_segments, key_segments = query_segments.astype(dtype), key_segments.astype(dtype)
-    full = _Full(
-        *inputs[:3],
-        inputs.key_norms,
-        masking.query_lengths,
-        masking.key_lengths,
-        query_segments,
-        key_segments,
-        masking.query_offset,
-    )
-    slopes = None if masking.alibi_slopes is None else masking.alibi_slopes[None]
-    return full, _Shared(inputs.gamma[None], inputs.key_norm_weight[None], slopes, masking.mask)
-
-
 def _plan(options: Options) -> _Plan:
-    weight = options.static_key_norm_weight
-    needed = Options(
-        options.is_causal,
-        options.window,
-        options.origin_sink,
-        options.return_residual,
-        static_key_norm_weight=0.0 if weight is not None and weight <= 0 else None,
-    )
-    return _Plan(needed, overridden(), nvidia.target())
+    return _Plan(needed(options), overridden(), nvidia.target())
 
 
 class _Call:
     """The operands and constants that all kernels of a call have in common."""
 
-    def __init__(self, plan: _Plan, full: _Full, shared: _Shared):
+    def __init__(self, plan: _Plan, full: Full, shared: Shared):
         from rbf_jax.ops.triton.common import Rules
 
         self.plan, self.full, self.shared = plan, full, shared
@@ -132,18 +76,9 @@ class _Call:
             segments=full.query_segments is not None,
             mask=shared.mask is not None,
         )
-        norms = squared_norms(full.key) if full.key_norms is None else full.key_norms
-        norms = norms.swapaxes(1, 2)
-        self.norms = jnp.pad(norms, [(0, 0), (0, 0), (0, _aligned(self.S) - self.S)])
-        slopes = jnp.zeros_like(shared.gamma) if shared.slopes is None else shared.slopes
-        numbers = (2 * shared.gamma, shared.gamma * shared.key_norm_weight, slopes)
-        sets = [jnp.broadcast_to(x, (self._num_sets(), self.N)) for x in numbers]
-        self.per_head = jnp.float32(_LOG2E) * jnp.stack(sets, axis=1)
-
-    def _num_sets(self) -> int:
-        """How many sets of numbers per head there are: 1, or one for each batch element."""
-        sets = (self.shared.gamma, self.shared.key_norm_weight, self.shared.slopes)
-        return max(x.shape[0] for x in sets if x is not None)
+        norms = full.key_norms.swapaxes(1, 2)
+        self.norms = jnp.pad(norms, [(0, 0), (0, 0), (0, aligned(self.S) - self.S)])
+        self.per_head = numbers_per_head(shared)
 
     def online(self, tiles: Tiles) -> bool:
         """Whether the forward pass takes online softmax from the start.
@@ -220,39 +155,8 @@ class _Call:
         )
 
 
-@functools.partial(jax.jit, static_argnames="plan")
-def _forward_program(plan: _Plan, full: _Full, shared: _Shared):
-    return folding_vmap(functools.partial(_forward_kernels, plan))(full, shared)
-
-
-def _forward_kernels(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.Array]:
-    def kernels(full, shared):
-        return _forward_pass(_Call(plan, full, shared))
-
-    return _on_each_device(kernels, (full, shared), ("out", "logsumexp"))
-
-
-# The axes of an array: b batch, n query heads, k key/value heads, and others.
-_ROLES = {
-    **dict.fromkeys(("query", "out", "dout"), "b.n."),
-    **dict.fromkeys(("key", "value"), "b.k."),
-    "key_norms": "b.k",
-    **dict.fromkeys(("query_lengths", "key_lengths", "query_offset"), "b"),
-    **dict.fromkeys(("query_segments", "key_segments"), "b."),
-    **dict.fromkeys(("gamma", "key_norm_weight", "slopes"), "bn"),
-    **dict.fromkeys(("query_moment", "norm_moment"), "bn"),
-    "mask": "bn..",
-    "logsumexp": "bn.",
-    "dlogsumexp": "b.n",
-}
-
-
-def _on_each_device(kernels, arguments, results):
-    """Calls kernels on named tuples of arrays, split by batch and heads where those are sharded."""
-    given = [name for group in arguments for name, x in group._asdict().items() if x is not None]
-    return by_batch_and_heads(
-        kernels, arguments, [_ROLES[x] for x in given], [_ROLES[x] for x in results]
-    )
+def _forward_kernels(plan: _Plan, full: Full, shared: Shared) -> tuple[jax.Array, jax.Array]:
+    return _forward_pass(_Call(plan, full, shared))
 
 
 def _forward_pass(call: _Call) -> tuple[jax.Array, jax.Array]:
@@ -265,7 +169,7 @@ def _forward_pass(call: _Call) -> tuple[jax.Array, jax.Array]:
     online = call.online(tiles)
     out_shapes = [
         jax.ShapeDtypeStruct(full.query.shape, full.query.dtype),
-        jax.ShapeDtypeStruct((call.B, call.N, _aligned(call.T)), jnp.float32),
+        jax.ShapeDtypeStruct((call.B, call.N, aligned(call.T)), jnp.float32),
     ]
     operands = call.operands(bounds)
     out, logsumexp, flags = call.run(
@@ -292,19 +196,15 @@ def _forward_pass(call: _Call) -> tuple[jax.Array, jax.Array]:
     return out, logsumexp
 
 
-def _backward_kernels(plan: _Plan, full: _Full, shared: _Shared, given: Rows) -> Gradients:
+def _backward_kernels(plan: _Plan, full: Full, given: Rows, shared: Shared) -> Gradients:
     """The gradients; the moments still have a batch axis."""
-
-    def kernels(full, given, shared):
-        call = _Call(plan, full, shared)
-        dquery, delta, moments = _queries_pass(call, given)
-        dkey, dvalue, column_sums = _keys_pass(call, given, delta)
-        norms = jnp.repeat(call.norms[..., : call.S], call.N // call.K, axis=1)
-        return Gradients(
-            dquery, dkey, dvalue, jnp.sum(moments, axis=-1), jnp.sum(column_sums * norms, axis=-1)
-        )
-
-    return _on_each_device(kernels, (full, given, shared), Gradients._fields)
+    call = _Call(plan, full, shared)
+    dquery, delta, moments = _queries_pass(call, given)
+    dkey, dvalue, column_sums = _keys_pass(call, given, delta)
+    norms = jnp.repeat(call.norms[..., : call.S], call.N // call.K, axis=1)
+    return Gradients(
+        dquery, dkey, dvalue, jnp.sum(moments, axis=-1), jnp.sum(column_sums * norms, axis=-1)
+    )
 
 
 def _queries_pass(call: _Call, given: Rows) -> list[jax.Array]:
@@ -363,52 +263,23 @@ def one_pass(
     The forward pass reads nothing after the options, and "queries" no δ; out, logsumexp and δ are
     as the passes before return them.
     """
-    call = _Call(_plan(options), *_split(inputs, Masking()))
+    call = _Call(_plan(options), *split(inputs, Masking()))
     if name == "forward":
         return _forward_pass(call)
     given = Rows(out, dout, logsumexp, None)
     return _queries_pass(call, given) if name == "queries" else _keys_pass(call, given, delta)
 
 
-@functools.partial(jax.jit, static_argnames="plan")
-def _backward_program(plan: _Plan, full: _Full, shared: _Shared, rows: Rows) -> Gradients:
-    def kernels(full, shared):
-        full, rows = full
-        return _backward_kernels(plan, full, shared, rows)
-
-    return folding_vmap(kernels)((full, rows), shared)
-
-
 def _forward(inputs: Inputs, masking: Masking, options: Options):
-    return _forward_program(_plan(options), *_split(inputs, masking))
+    return kernel_calls.forward(_forward_kernels, _plan(options), inputs, masking)
 
 
 def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, options: Options):
-    plan = _plan(options)
-    full, shared = _split(residuals.inputs, residuals.masking)
-    rows = Rows(
-        residuals.out, dout, residuals.logsumexp, dlogsumexp if options.return_residual else None
-    )
-    gradients = _backward_program(plan, full, shared, rows)
-    return gradients._replace(
-        query_moment=gradients.query_moment.sum(0), norm_moment=gradients.norm_moment.sum(0)
-    )
+    given = dlogsumexp if options.return_residual else None
+    return kernel_calls.backward(_backward_kernels, _plan(options), residuals, dout, given)
 
 
-def _natural_logsumexp(logsumexp: jax.Array, inputs: Inputs) -> jax.Array:
-    """From base 2, (B, N, T'), +∞ where a row may attend to nothing."""
-    logsumexp = logsumexp[..., : inputs.query.shape[1]].swapaxes(1, 2)
-    return jnp.where(jnp.isposinf(logsumexp), -jnp.inf, logsumexp * jnp.float32(_LN2))
-
-
-def _own_logsumexp(logsumexp: jax.Array) -> jax.Array:
-    """The inverse of `_natural_logsumexp`."""
-    logsumexp = jnp.where(jnp.isneginf(logsumexp), jnp.inf, logsumexp / jnp.float32(_LN2))
-    T = logsumexp.shape[1]
-    return jnp.pad(logsumexp.swapaxes(1, 2), [(0, 0), (0, 0), (0, _aligned(T) - T)])
-
-
-PASSES = Passes(_forward, _backward, _natural_logsumexp, _own_logsumexp)
+PASSES = Passes(_forward, _backward, natural_logsumexp, own_logsumexp)
 attend = with_custom_vjp(PASSES)
 
 
@@ -437,10 +308,6 @@ def _segment_bounds(
     last = meet.shape[-1] - jnp.argmax(meet[..., ::-1], axis=-1)
     last = jnp.where(meet.any(-1), last, first)
     return jnp.stack([first, last], axis=-1).astype(jnp.int32) * block
-
-
-def _aligned(length: int) -> int:
-    return _cdiv(length, _ALIGNMENT) * _ALIGNMENT
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -9,7 +9,6 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 
 from rbf_jax.ops import nvidia
 from rbf_jax.ops.decode_types import Call, Options
+from rbf_jax.ops.override import override
 from rbf_jax.ops.partition import by_batch_and_heads
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.triton.tiles import Tiles, padded_head_dim, shared_memory_limit
@@ -67,14 +67,9 @@ _override: contextvars.ContextVar[Sizes | None] = contextvars.ContextVar(
 )
 
 
-@contextlib.contextmanager
-def override_sizes(sizes: Sizes) -> Iterator[None]:
+def override_sizes(sizes: Sizes) -> contextlib.AbstractContextManager[None]:
     """Within this context, what is traced takes these sizes."""
-    token = _override.set(sizes)
-    try:
-        yield
-    finally:
-        _override.reset(token)
+    return override(_override, sizes)
 
 
 def choose_sizes(

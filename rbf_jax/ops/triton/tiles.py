@@ -11,8 +11,9 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-from collections.abc import Iterator
 from typing import Literal
+
+from rbf_jax.ops.override import override
 
 Pass = Literal["forward", "queries", "keys"]
 PASSES: tuple[Pass, ...] = ("forward", "queries", "keys")
@@ -82,21 +83,16 @@ _overrides: contextvars.ContextVar[tuple[tuple[Pass, Tiles], ...]] = contextvars
 )
 
 
-@contextlib.contextmanager
 def override_tiles(
     *, forward: Tiles | None = None, queries: Tiles | None = None, keys: Tiles | None = None
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Within this context, what is traced takes these tiles for the passes given.
 
     Tiles that need more shared memory than the GPU has make compiling or the launch fail.
     """
     given: dict[Pass, Tiles | None] = {"forward": forward, "queries": queries, "keys": keys}
     named = tuple((name, tiles) for name, tiles in given.items() if tiles is not None)
-    token = _overrides.set((*_overrides.get(), *named))
-    try:
-        yield
-    finally:
-        _overrides.reset(token)
+    return override(_overrides, (*_overrides.get(), *named))
 
 
 def overridden() -> tuple[tuple[Pass, Tiles], ...]:
