@@ -241,7 +241,7 @@ def _best(inputs: Inputs, masking: Masking, options: Options):
             on_cuda = _BACKENDS[name].for_mesh(inputs, options)
             return functools.partial(_where_cuda, on_cuda)
         refused.append(f"{name!r} {reason}")
-    _log_choice(f"takes 'xla', since {' and '.join(refused)}")
+    _log_choice(f"takes 'xla': {'; '.join(refused)}")
     return _BACKENDS["xla"].for_mesh(inputs, options)
 
 

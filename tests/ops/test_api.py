@@ -132,8 +132,8 @@ def test_choice_is_logged_once(caplog, monkeypatch):
         rbf_attention(Q, K, K)
         rbf_attention(Q, K, K)
     assert [record.getMessage() for record in caplog.records] == [
-        "rbf_attention: implementation=None takes 'xla', since 'triton' needs an NVIDIA GPU, and "
-        "JAX's default backend is cpu and 'cudnn' supports bfloat16 and float16, not float32."
+        "rbf_attention: implementation=None takes 'xla': 'triton' needs an NVIDIA GPU, and JAX's "
+        "default backend is cpu; 'cudnn' supports bfloat16 and float16, not float32."
     ]
 
 
