@@ -11,17 +11,36 @@ from pathlib import Path
 from typing import IO
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it that are missing.
+
+    Raises:
+      OSError: it cannot be made; one sentence that names it and says why.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"folder {path} cannot be made: {error.strerror}.") from error
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Opens a temporary file beside `path` that takes its place when the block ends well.
 
     Readers see the old file or the new one, never a part. Two writers do not disturb each other:
     the last to finish stays.
+
+    Raises:
+      OSError: its folder cannot be made, or the file not be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with beside.open("wb") as file:
+        opened = beside.open("wb")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}.") from error
+    try:
+        with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from rbf_jax.data.files import write_text
+from rbf_jax.data.files import make_folder, write_text
 from rbf_jax.sweeps import space
 
 SAMPLERS = ("grid", "random", "tpe")
@@ -219,5 +219,5 @@ class SweepFolder:
 
     def _lock_file(self, name: str) -> IO[str]:
         path = self.path / "locks" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         return path.open("a+", encoding="utf-8")

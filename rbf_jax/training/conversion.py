@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from rbf_jax import environment
 from rbf_jax.data import load_data
+from rbf_jax.data.files import make_folder
 from rbf_jax.data.tokenizer import FILE_NAME, ByteTokenizer
 from rbf_jax.nn import AttentionConfig, CausalLM, TransformerConfig
 from rbf_jax.training.config import model_config, validate
@@ -121,7 +122,7 @@ def convert(
     configs = {arm: arm_config(config, source, arm, tokenizer) for arm in arms}
     for arm_of in configs.values():
         validate(arm_of, jax.device_count())
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     source.tokenizer.save(folder / FILE_NAME)
     untrained = {
         name: starting_loss(arm_config(config, source, arm, tokenizer), source)

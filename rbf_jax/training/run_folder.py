@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rbf_jax.data.files import write_text
+from rbf_jax.data.files import make_folder, write_text
 from rbf_jax.training import config as configs
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class RunFolder:
         Raises:
           ValueError: the folder belongs to another configuration, is no run folder, or another
             process is training in it.
+          OSError: the folder cannot be made.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run folder {self.path} is not a folder.")
@@ -50,7 +51,7 @@ class RunFolder:
             raise ValueError(
                 f"run folder {self.path} is not empty and holds no run: no config.json is in it."
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         with self._lock.open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Gone with the process.

@@ -27,3 +27,16 @@ def test_a_failed_writer_leaves_the_old_file(tmp_path):
         fail(path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "folder" / "new"
+    with pytest.raises(OSError, match=f"^folder {path.parent} cannot be made: Not a directory.$"):
+        replacing(path).__enter__()
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    path = tmp_path / ("long" * 99)
+    with pytest.raises(OSError, match=f"^{path} cannot be written: File name too long.$"):
+        replacing(path).__enter__()

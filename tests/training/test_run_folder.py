@@ -77,3 +77,12 @@ def test_unreadable_configuration(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         RunFolder(tmp_path).read_config()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, config):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OSError, match=r"folder .*file/run cannot be made: Not a directory\.$"),
+        RunFolder(tmp_path / "file" / "run").claimed(config),
+    ):
+        pass
