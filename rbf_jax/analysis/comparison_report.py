@@ -123,7 +123,7 @@ def _inside_sections(runs: Sequence[Run], findings: Sequence[Findings | str]) ->
     )
     norm_text = (
         "Norms of the keys as attention sees them, over tokens and heads of some rows of the "
-        "validation split. RBF attention penalises far keys; a dot product rewards long ones."
+        "validation split. RBF attention penalises long keys; a dot product can make use of them."
     )
     return [
         Section("Attention maps", "\n\n".join(part for part in (text, reasons) if part), maps),

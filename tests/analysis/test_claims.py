@@ -177,6 +177,24 @@ def test_even_shares_are_marked_where_there_is_a_register_or_a_sink(tmp_path):
     assert numbers["num_registers=0"]["even_share"] == pytest.approx(0.02)
 
 
+def test_spikes_are_counted_in_whole_numbers(tmp_path):
+    claim = claims.FIGURES["registers"]
+    made, _ = claim.draw(list(make_records(needed(claim), tmp_path).values()))
+    ticks = made.axes[1].get_xticks()
+    np.testing.assert_array_equal(ticks, np.round(ticks))
+
+
+def test_heads_of_a_single_layer_lie_at_their_name(tmp_path):
+    claim = claims.FIGURES["dial"]
+    records = make_records(needed(claim), tmp_path)
+    for record in records.values():
+        for name in ("gamma", "key_norm_weight"):
+            record.inside[name] = record.inside[name][:, :1]
+    made, _ = claim.draw(list(records.values()))
+    heights = [line.get_ydata()[0] for line in made.axes[1].lines]
+    np.testing.assert_array_equal(heights, made.axes[1].get_yticks())
+
+
 def test_times_are_drawn_of_those_that_had_the_machine_alone(tmp_path):
     claim = claims.FIGURES["loss_curves"]
     records = make_records(needed(claim), tmp_path)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rbf_jax.analysis import paired
 from rbf_jax.analysis.claims import panels
@@ -70,8 +71,9 @@ def registers(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     axes[0, 2].set_xlim(left=0)
     panels.rows(axes[0, 2], labels)
     legend_above(made, axes[0, 2], columns=4)
-    axes[0, 0].set(title="Loss less 1, zero's", xlabel="nats; 95 % interval, paired")
-    axes[0, 1].set(title="Spikes", xlabel=f"steps {paired.SPIKE_NATS} nats up")
+    axes[0, 0].set(title='Loss less that of "1, zero"', xlabel="nats; 95 % interval, paired")
+    axes[0, 1].set(title="Spikes", xlabel=f"steps that rise {paired.SPIKE_NATS} nats")
+    axes[0, 1].xaxis.set_major_locator(MaxNLocator(integer=True))
     most = max(1.0, axes[0, 1].get_xlim()[1])
     axes[0, 1].set_xlim(left=-0.03 * most, right=most)
     axes[0, 2].set(title="Attention they take", xlabel="mean weight")
@@ -162,14 +164,15 @@ def dial(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
                 labels.append(f"{symbol}: {_dial(record)}")
                 values.append((found / start).reshape(-1, found.shape[-2]))
     for row, array in enumerate(values):
-        for layer in range(array.shape[1]):
-            offset = 0.6 * (layer / max(array.shape[1] - 1, 1) - 0.5)
+        layers = array.shape[1]
+        for layer in range(layers):
+            offset = 0.6 * (layer / (layers - 1) - 0.5) if layers > 1 else 0.0
             axes[0, 1].plot(
                 array[:, layer],
                 np.full(len(array), row + offset),
                 ".",
                 markersize=3,
-                color=str(0.1 + 0.6 * layer / array.shape[1]),
+                color=str(0.1 + 0.6 * layer / layers),
             )
     panels.rows(axes[0, 1], labels)
     axes[0, 1].set(title="Where they end", xlabel="heads of all seeds; first layer on top")
