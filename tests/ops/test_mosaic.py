@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
 from rbf_jax.ops import nvidia
-from rbf_jax.ops.mosaic import attention, backward, forward, gradients, keys
+from rbf_jax.ops.mosaic import attention, backward, common, forward, gradients, keys
 from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, choose_backward, override_tiles
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 from tests.ops import own_process
@@ -269,7 +269,7 @@ def test_shared_memory_is_what_the_kernel_asks_for(kernel, tiles, H):
     numbers = jax.ShapeDtypeStruct((1, 1, 768), jnp.float32)
     per_head = jax.ShapeDtypeStruct((1, 3, 1), jnp.float32)
     inputs = query, key, value, numbers, per_head, jax.ShapeDtypeStruct((1, 3), jnp.int32)
-    rules = forward.Rules(768, 768, online=kernel != "forward")
+    rules = common.Rules(768, 768, online=kernel != "forward")
     call = functools.partial(KERNELS[kernel], rules=rules, tiles=tiles)
     traced = jax.jit(call).trace(inputs, (query, numbers, numbers))
     asked = f"smem_bytes={tiles.shared_memory(kernel, H)} "

@@ -143,7 +143,7 @@ def _one_kernel(inputs, rows, rules, tiles: Tiles) -> tuple[jax.Array, ...]:
 
 
 def _rules(plan: _Plan, full: Full, shared: Shared, *, online: bool):
-    from rbf_jax.ops.mosaic.forward import Rules
+    from rbf_jax.ops.mosaic.common import Rules
 
     options = plan.options
     left, right = (None, None) if options.window is None else options.window

@@ -16,15 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rbf_jax.ops.mosaic.forward import (
-    COLUMNS,
-    ROWS,
-    Block,
-    Rules,
-    kernel,
-    load,
-    swizzled,
-)
+from rbf_jax.ops.mosaic.common import COLUMNS, ROWS, Rules, kernel, load, swizzled
+from rbf_jax.ops.mosaic.query_block import QueryBlock
 from rbf_jax.ops.mosaic.tiles import Tiles
 from rbf_jax.ops.varying import struct_like
 
@@ -94,7 +87,7 @@ def queries(
     return tuple(call(*inputs, *rows))
 
 
-class _QueriesBlock(Block):
+class _QueriesBlock(QueryBlock):
     """A block of threads of `queries`; it loads what the forward kernel loads."""
 
     def differentiate(self, rows) -> None:

@@ -9,10 +9,7 @@ warpgroup that loads waits for the others' verdict. So one kernel is right on an
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import inspect
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,56 +17,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from rbf_jax.ops.mosaic.common import COLUMNS, ROWS, Rules, kernel, load, sum_of_eights, swizzled
+from rbf_jax.ops.mosaic.query_block import QueryBlock
 from rbf_jax.ops.mosaic.tiles import Tiles
 from rbf_jax.ops.triton.gate import HEADROOM, LARGEST_REFERENCE, SMALLEST_SUM
 from rbf_jax.ops.varying import struct_like
-
-ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a tile of logits
-COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-_LOAD_WANTS_AN_INDEX = (
-    inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """What the kernel is made for.
-
-    Attributes:
-      num_queries: T; the arrays may be longer.
-      num_keys: S, likewise.
-      causal: query i attends to keys j ≤ i.
-      left: query i attends to keys j ≥ i − left; None for no such rule.
-      right: query i attends to keys j ≤ i + right; None for no such rule.
-      sink: a virtual key at the origin with value 0.
-      slopes: ALiBi.
-      query_lengths: whether there are any.
-      key_lengths: whether there are any.
-      offset: whether positions of queries, by which causality, windows and ALiBi go, are not their
-        indices.
-      online: online softmax from the start.
-    """
-
-    num_queries: int
-    num_keys: int
-    causal: bool = False
-    left: int | None = None
-    right: int | None = None
-    sink: bool = False
-    slopes: bool = False
-    query_lengths: bool = False
-    key_lengths: bool = False
-    offset: bool = False
-    online: bool = False
-
-
-class Blocks(NamedTuple):
-    """Which blocks of keys are visited; between the inner two every pair is allowed."""
-
-    start: jax.Array
-    inner_start: jax.Array
-    inner_stop: jax.Array
-    stop: jax.Array
 
 
 class _State(NamedTuple):
@@ -160,149 +112,20 @@ def forward(
     return tuple(call(query, key, value, norms, per_head, lengths))
 
 
-def kernel(body, results, memory: NamedTuple, grid: tuple[int, int, int], consumers: int):
-    """A kernel of blocks by heads, tiles and batch, each of `consumers` warpgroups and one more."""
-    return plgpu.kernel(
-        body,
-        out_type=results,
-        scratch_types=list(memory),
-        grid=grid,
-        grid_names=("heads", "tiles", "batch"),
-        num_threads=consumers + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
+class Block(QueryBlock):
+    """A block of threads of the forward kernel."""
 
+    def load_again(self, steps: jax.Array) -> jax.Array:
+        """What the gate's verdicts demand."""
+        if self.rules.online:
+            return steps
+        plgpu.barrier_wait(self.memory.decided)
+        return self.each_visit(lambda tile, steps: tile._load_tile_again(steps), steps)
 
-class Block:
-    """What a block of threads knows, and what its warpgroups do.
-
-    It visits one tile of queries after the other; `at` adds what is known of one.
-    """
-
-    visit: jax.Array | int
-    buffer: jax.Array | int  # in which the tile's queries are
-    first_row: jax.Array  # of those that are the warpgroup's
-    blocks: Blocks
-    steps: jax.Array
-
-    def __init__(self, arrays, memory: Any, rules: Rules, tiles: Tiles, num_blocks: int):
-        self.query, self.key, self.value, self.norms, per_head, lengths = arrays[:6]
-        self.out, self.logsumexp = arrays[6:]
-        self.memory, self.rules, self.tiles = memory, rules, tiles
-        self.head_dim = self.query.shape[-1]
-        self.warpgroup = lax.axis_index("warpgroup")
-        self.batch, self.head = lax.axis_index("batch"), lax.axis_index("heads")
-        group = self.query.shape[2] // self.key.shape[2]
-        self.key_head = lax.div(self.head, jnp.int32(group))
-        self.num_blocks = num_blocks
-        self.query_stop, self.key_stop, self.offset = extent(rules, lengths, self.batch)
-        batch = self.batch if per_head.shape[0] > 1 else 0
-        self.numbers = [per_head.at[batch, i, self.head] for i in range(3)]
-
-    def at(self, visit: jax.Array | int) -> Self:
-        """The block at its tile of queries of that number."""
-        here = copy.copy(self)
-        here.visit = visit
-        here.buffer = lax.rem(visit, 2) if self.tiles.visits > 1 else 0
-        first = self._tile(visit) * self.tiles.rows
-        here.first_row = first + self.warpgroup * self.tiles.block_q
-        here.blocks = self._visited(first)
-        here.steps = here.blocks.stop - here.blocks.start
-        return here
-
-    def _tile(self, visit: jax.Array | int) -> jax.Array:
-        """Blocks turn at each end, so that under a causal rule all have as many keys."""
-        block, visits = lax.axis_index("tiles"), self.tiles.visits
-        if visits > 1:
-            odd = lax.rem(visit, 2) == 1
-            block = visit * self.num_blocks + jnp.where(odd, self.num_blocks - 1 - block, block)
-        if self.rules.causal:  # those with the most keys first
-            return self.num_blocks * visits - 1 - block
-        return block
-
-    def each_visit(self, function, steps: jax.Array) -> jax.Array:
-        """Calls `function(block at a visit, steps before)`; returns the steps before the end."""
-
-        def body(visit, steps):
-            return function(self.at(visit), steps)
-
-        if self.tiles.visits == 1:
-            return body(0, steps)
-        return lax.fori_loop(0, self.tiles.visits, body, steps)
-
-    def _visited(self, first: jax.Array) -> Blocks:
-        """The blocks of keys that the block's queries, from `first`, may attend to."""
-        rules, size = self.rules, jnp.int32(self.tiles.block_k)
-        row, first = first, first + self.offset
-        last = first + self.tiles.rows - 1
-        start, inner_start = jnp.int32(0), jnp.int32(0)
-        stop, inner_stop = self.key_stop, self.key_stop
-        reaches = [0] if rules.causal else []
-        if rules.right is not None:
-            reaches.append(rules.right)
-        for reach in reaches:
-            stop = jnp.minimum(stop, last + reach + 1)
-            inner_stop = jnp.minimum(inner_stop, first + reach + 1)
-        if rules.left is not None:
-            start = lax.div(jnp.maximum(first - rules.left, 0), size)
-            inner_start = blocks_of(jnp.maximum(last - rules.left, 0), size)
-        stop = blocks_of(jnp.maximum(stop, 0), size)
-        if rules.query_lengths or self.tiles.visits > 1:
-            stop = jnp.where(row < self.query_stop, stop, 0)
-        start = jnp.minimum(start, stop)
-        inner_start = jnp.clip(inner_start, start, stop)
-        return Blocks(
-            start, inner_start, jnp.clip(lax.div(inner_stop, size), inner_start, stop), stop
-        )
-
-    def load(self) -> None:
-        """The warpgroup that loads keys, their norms and values."""
-        plgpu.set_max_registers(self.tiles.registers[1], action="decrease")
-        total = self.each_visit(lambda tile, steps: tile._load_tile(steps), jnp.int32(0))
-        if not self.rules.online:
-            plgpu.barrier_wait(self.memory.decided)
-            total = self.each_visit(lambda tile, steps: tile._load_again(steps), total)
-
-        @pl.loop(jnp.maximum(total - self.tiles.stages, 0), total)
-        def _all_is_read(step):
-            self._wait_until_free(self.memory.key_free, step)
-            self._wait_until_free(self.memory.value_free, step)
-
-    def _load_tile(self, steps_before: jax.Array) -> jax.Array:
-        self._load_all(steps_before)
-        return steps_before + self.steps
-
-    def _load_again(self, steps_before: jax.Array) -> jax.Array:
+    def _load_tile_again(self, steps_before: jax.Array) -> jax.Array:
         redo = self._verdict()
-        pl.when(redo)(lambda: self._load_all(steps_before))
+        pl.when(redo)(lambda: self.load_all(steps_before))
         return jnp.where(redo, steps_before + self.steps, steps_before)
-
-    def _load_all(self, steps_before: jax.Array) -> None:
-        memory, size = self.memory, self.tiles.block_k
-
-        @pl.loop(0, self.steps)
-        def _step(step):
-            columns = pl.ds((self.blocks.start + step) * size, size)
-            tile = (self.batch, columns, self.key_head)
-            step += steps_before
-            slot = self.slot(step)
-            full = step >= self.tiles.stages
-            pl.when(full)(lambda: self._wait_until_free(memory.key_free, step))
-            loaded = memory.key_loaded.at[slot]
-            plgpu.copy_gmem_to_smem(self.key.at[tile], memory.key.at[slot], loaded)
-            norms = self.norms.at[self.batch, self.key_head, columns]
-            plgpu.copy_gmem_to_smem(norms, memory.norms.at[slot], loaded)
-            pl.when(full)(lambda: self._wait_until_free(memory.value_free, step))
-            loaded = memory.value_loaded.at[slot]
-            plgpu.copy_gmem_to_smem(self.value.at[tile], memory.value.at[slot], loaded)
-
-    def slot(self, step: jax.Array) -> jax.Array:
-        """Where in the ring of tiles the step's are."""
-        return lax.rem(step, jnp.int32(self.tiles.stages))
-
-    def _wait_until_free(self, barriers, step: jax.Array) -> None:
-        plgpu.barrier_wait(barriers.at[self.slot(step)])
 
     def _verdict(self) -> jax.Array:
         """Whether any consumer wants online softmax here; all have decided."""
@@ -388,11 +211,6 @@ class Block:
         plgpu.commit_smem()
         return jnp.max(load(rows, COLUMNS), axis=0)
 
-    def row_indices(self) -> jax.Array:
-        """Of the queries of the warpgroup's tile."""
-        index = plgpu.broadcasted_iota(jnp.int32, (self.tiles.block_q,), 0, layout=ROWS)
-        return index + self.first_row
-
     def _must_redo(self, state: _State, safe: jax.Array) -> jax.Array:
         inside = self.row_indices() < self.query_stop
         enough = jnp.where(inside, state.total, jnp.inf) >= SMALLEST_SUM
@@ -434,12 +252,6 @@ class Block:
             pl.when(self.warpgroup == 0)(self._hand_over)
             pl.when(self.warpgroup == 1)(lambda: plgpu.barrier_arrive(self.memory.turn))
         return state._replace(total=jnp.sum(state.total, axis=1))
-
-    def has_rest(self) -> bool:
-        """Whether some of the last blocks may be visited in part."""
-        rules = self.rules
-        by_rule = rules.causal or rules.right is not None or rules.key_lengths
-        return by_rule or rules.num_keys % self.tiles.block_k > 0
 
     def _hand_over(self) -> None:
         plgpu.barrier_arrive(self.memory.turn)
@@ -496,20 +308,6 @@ class Block:
         plgpu.barrier_arrive(memory.value_free.at[slot])
         return _State(acc, total, maximum)
 
-    def with_rules(self, logits: jax.Array, block: jax.Array, whole: bool) -> jax.Array:
-        """Adds ALiBi, and −∞ where a pair is not allowed."""
-        rules = self.rules
-        if whole and not rules.slopes:
-            return logits
-        first = (self.first_row + self.offset, block * self.tiles.block_k)
-        rows, columns = tile_indices(logits.shape, *first)
-        if rules.slopes:
-            logits -= jnp.abs(rows - columns).astype(jnp.float32) * self.numbers[2][...]
-        if whole:
-            return logits
-        allowed = near_enough(rules, columns < self.key_stop, rows, columns)
-        return jnp.where(allowed, logits, -jnp.inf)
-
     def _whole_rows(self, state: _State, reference: jax.Array) -> _State:
         """What no key adds: rows beyond their length see nothing, and every row the sink."""
         acc, total, maximum = state
@@ -540,62 +338,6 @@ class Block:
         plgpu.copy_smem_to_gmem(
             memory.logsumexp.at[mine], self.logsumexp.at[self.batch, self.head, rows]
         )
-
-
-def load(ref, layout) -> jax.Array:
-    """All of a reference; jax 0.10.2 wants an index, 0.11.2 does not."""
-    whole = ((),) if _LOAD_WANTS_AN_INDEX else ()
-    return plgpu.load(ref, *whole, layout=layout)
-
-
-def swizzled(like: jax.Array, *shape: int) -> Any:
-    """Shared memory for vectors (*shape, H), laid out as wgmma reads it."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((*shape, like.shape[-1]), like.dtype, transforms=transforms)
-
-
-def extent(rules: Rules, lengths, batch: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Where queries and keys of an element of the batch end, and the position of query 0."""
-    return (
-        lengths[batch, 0] if rules.query_lengths else jnp.int32(rules.num_queries),
-        lengths[batch, 1] if rules.key_lengths else jnp.int32(rules.num_keys),
-        lengths[batch, 2] if rules.offset else jnp.int32(0),
-    )
-
-
-def tile_indices(
-    shape: tuple[int, ...], first: jax.Array, second: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Along each axis of a tile of logits, counted from where the tile begins."""
-    here, there = (
-        plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)
-    )
-    return here + first, there + second
-
-
-def near_enough(rules: Rules, allowed: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Those of the allowed pairs that causality and the window allow, by position."""
-    if rules.causal:
-        allowed &= columns <= rows
-    if rules.left is not None:
-        allowed &= columns >= rows - rules.left
-    if rules.right is not None:
-        allowed &= columns <= rows + rules.right
-    return allowed
-
-
-def blocks_of(length: jax.Array, size: jax.Array) -> jax.Array:
-    """How many blocks of a size hold the length."""
-    return lax.div(length + size - 1, size)
-
-
-def sum_of_eights(x: jax.Array) -> jax.Array:
-    """(rows, 8): a thread adds what it has; threads are added once, after the last block."""
-    parts = [x[:, i : i + 8] for i in range(0, x.shape[1], 8)]
-    while len(parts) > 1:
-        odd = parts[len(parts) & ~1 :]
-        parts = [a + b for a, b in zip(parts[::2], parts[1::2])] + odd
-    return parts[0]
 
 
 def _log2(x: jax.Array) -> jax.Array:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rbf_jax.ops.mosaic.forward import Rules
-from rbf_jax.ops.mosaic.keys import KeysBlock, KeysMemory, hidden, memory_of, results_and_grid
+from rbf_jax.ops.mosaic.common import Rules
+from rbf_jax.ops.mosaic.key_block import KeyBlock, KeyMemory, hidden, memory_of, results_and_grid
 from rbf_jax.ops.mosaic.tiles import Tiles
 
 # No reduction goes across warps.
@@ -68,7 +68,7 @@ def gradients(
 
     def rbf_attention_gradients(*refs):
         own = _Memory(*refs[len(refs) - len(memory) :])
-        keys_memory = KeysMemory(*refs[13 : 13 + len(shared)])
+        keys_memory = KeyMemory(*refs[13 : 13 + len(shared)])
         _Block(own, refs[9], refs[:9], refs[10:13], keys_memory, rules, tiles).run()
 
     results, grid = results_and_grid(inputs, tiles)
@@ -101,7 +101,7 @@ def gradients(
     return pl.run_state(run)(tuple(jnp.zeros(x.shape, x.dtype) for x in (total, *results)))
 
 
-class _Block(KeysBlock):
+class _Block(KeyBlock):
     """A block of threads, and what its warpgroups do.
 
     A warpgroup multiplies dSᵀ of its tile of a step one tile later, when the others have written
