@@ -265,11 +265,11 @@ def _label_tokens(
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running median of (n,) over about a twentieth of the points, fewer at the ends.
+    """Centred running median of (n,) over about a twentieth of the points, at least three.
 
-    Not a mean: one spike should not look like a plateau. NaN counts as missing.
+    Fewer at the ends. Not a mean: one spike should not look like a plateau. NaN counts as missing.
     """
-    last, half = len(values) - 1, len(values) // 40
+    last, half = len(values) - 1, max(1, len(values) // 40)
     smoothed = np.array(values, np.float64)
     for i in range(len(values)):
         if np.isfinite(values[i]):

@@ -200,6 +200,8 @@ def test_smooth():
     values = np.zeros(100)
     values[50] = 100.0
     assert figures.smooth(values).max() == 0.0
+    few = np.array([1.0, 9.0, 2.0, 3.0])
+    np.testing.assert_array_equal(figures.smooth(few), [1.0, 2.0, 3.0, 3.0])
     ramp = np.arange(100.0)
     np.testing.assert_allclose(figures.smooth(ramp), ramp)
     noise = np.random.default_rng(0).normal(size=1000)
