@@ -35,7 +35,7 @@ _RANGES = {
     "optimizer.b2": (0.0, 1.0, "[ )"),
     "optimizer.clip_norm": (0.0, math.inf, "( )"),
 }
-_SMALLEST_VOCABULARY = 257
+SMALLEST_VOCABULARY = 257
 # Where and in which order a run is computed, not what: its result is the same up to rounding.
 _PLACEMENT = ("mesh.", "optimizer.accumulate_steps", "model.remat")
 
@@ -83,7 +83,7 @@ def validate(config: ConfigDict, num_devices: int, *, keeps_best: bool = True) -
             f"train.init_from is {train.init_from!r}; an ensemble draws its parameters: leave it "
             "at ''."
         )
-    model = model_config(config, _SMALLEST_VOCABULARY)
+    model = model_config(config, SMALLEST_VOCABULARY)
     _validate_annealing(config)
     _validate_mesh(config, axis_sizes(config.mesh, num_devices), model)
     window, length = config.model.attention.window, config.data.context_length

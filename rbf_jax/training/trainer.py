@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from rbf_jax.data import load_data
 from rbf_jax.nn import CausalLM
 from rbf_jax.training.checkpoint import Checkpoints, saved_steps
-from rbf_jax.training.config import model_config
+from rbf_jax.training.config import SMALLEST_VOCABULARY, model_config
 from rbf_jax.training.distributed import (
     StopVote,
     first_before_others,
@@ -39,7 +39,7 @@ from rbf_jax.training.progress import Progress, Stopwatch
 from rbf_jax.training.run_folder import RunFolder
 from rbf_jax.training.sharding import data_share, on_mesh, place_batch, replicated
 from rbf_jax.training.signals import StopRequest
-from rbf_jax.training.state import create_state, fingerprint, with_params
+from rbf_jax.training.state import create_state, fingerprint, state_shapes, with_params
 from rbf_jax.training.step import compile_train_step, make_eval_step, make_inspect_step
 
 if TYPE_CHECKING:
@@ -101,6 +101,10 @@ class Trainer:
         """
         self.config = config
         self._folder, self._mesh, self._on_evaluation = folder, mesh, on_evaluation
+        self._optimizer = make_optimizer(config.optimizer, config.train.steps)
+        if config.model.attention.implementation is not None:
+            # What it cannot do is told before text is tokenised, which may take minutes.
+            state_shapes(CausalLM(model_config(config, SMALLEST_VOCABULARY)), self._optimizer)
         # Process 0 first: it makes the tokenizer, and the cache where it is shared.
         self.data = first_before_others(
             lambda: load_data(config.data, seed=config.seed, tokenizer_dir=folder.path)
@@ -108,7 +112,6 @@ class Trainer:
         if len(set(texts_of_all(self.data.fingerprint))) > 1:
             raise ValueError("the processes have not all found the same data and tokenizer.")
         self.model = CausalLM(model_config(config, self.data.tokenizer.vocab_size))
-        self._optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.state = create_state(self.model, self._optimizer, config.seed, mesh)
         # A run that goes on has no need of them any more.
         if config.train.init_from and not saved_steps(folder.checkpoints):

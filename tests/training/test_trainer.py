@@ -283,6 +283,15 @@ def test_errors_of_the_data_come_in_one_line_and_spare_the_folder(config, tmp_pa
         assert RunFolder(tmp_path / "run").read_config().data.train_files == right
 
 
+def test_an_implementation_that_cannot_run_here_is_told_before_tokenising(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trainer, "load_data", lambda *arguments, **options: pytest.fail("too late"))
+    config.model.attention.implementation = "triton"
+    with pytest.raises(SetupError, match=r"^implementation='triton' needs an NVIDIA GPU"):
+        train(config, tmp_path / "run")
+
+
 @pytest.mark.parametrize("kind", [NotImplementedError, ValueError])
 def test_what_cannot_be_compiled_is_one_line_and_spares_the_folder(
     kind, config, tmp_path, monkeypatch
