@@ -63,7 +63,9 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     V = logits.shape[-1]
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # Differences to the largest overflow to −∞ only; what float32 rounds to 0 would give 0/0.
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = logits / max(sampling.temperature, float(jnp.finfo(logits.dtype).tiny))
     draw = jax.vmap(jax.random.categorical)
     if sampling.top_k is None and sampling.top_p is None:
         return draw(keys, logits).astype(jnp.int32)

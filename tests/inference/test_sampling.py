@@ -32,6 +32,9 @@ def _shares(sampling, p=P):
         # top_p is of what top_k leaves: 0.4 of 0.65 is less than 0.62, of all it would be two.
         (Sampling(top_k=2, top_p=0.61), [0, 1, 0, 0, 0]),
         (Sampling(temperature=0), [0, 1, 0, 0, 0]),
+        # Numbers that float32 has only just, and has not.
+        (Sampling(temperature=1e-39), [0, 1, 0, 0, 0]),
+        (Sampling(temperature=1e-300, top_p=0.9), [0, 1, 0, 0, 0]),
     ],
     ids=str,
 )
