@@ -84,7 +84,7 @@ def export_programs(
 
 
 def save_programs(folder: str | Path, programs: Mapping[str, jax.export.Exported]) -> list[Path]:
-    """Writes each as NAME.jax_export, and run.py, which runs them with JAX alone.
+    """Writes each as NAME.jax_export, and run.py, which runs them with JAX and flatbuffers alone.
 
     Returns:
       The files.

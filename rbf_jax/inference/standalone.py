@@ -1,4 +1,4 @@
-"""Runs an exported model, whose folder this file lies in, with JAX and NumPy alone.
+"""Runs an exported model, whose folder this file lies in, with JAX and `flatbuffers` alone.
 
     python run.py TOKEN,TOKEN,... [TOKEN,TOKEN,... ...] [--tokens=N]
 
@@ -96,7 +96,7 @@ def main():
     arguments = parser.parse_args()
     try:
         rows = continuations(Path(__file__).parent, arguments.prompts, arguments.tokens)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # JAX reads programs by flatbuffers
         parser.error(str(error))
     for row in rows:
         print(",".join(map(str, row)))

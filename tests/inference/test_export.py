@@ -82,6 +82,22 @@ def test_what_is_wrong_is_one_line(exported, arguments, message):
     assert "Traceback" not in ended.stderr
 
 
+_NO_FLATBUFFERS = """
+import runpy, sys
+
+sys.modules["flatbuffers"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_without_flatbuffers_it_says_so_in_one_line(exported):
+    ended = _run(["-c", _NO_FLATBUFFERS, str(exported[0] / "run.py")], "1,2", "--tokens=3")
+    assert ended.returncode == 2
+    assert "'flatbuffers'" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
 def test_programs_take_any_number_of_rows_and_run_on_gpus_too(exported):
     _, model, variables, programs = exported
     assert all(program.platforms == ("cpu", "cuda") for program in programs.values())
