@@ -7,7 +7,7 @@ Writes into OUT, by default RUN/export:
 
     model.safetensors, config.json, tokenizer.json    rbf_jax.inference.load_model(OUT) reads them
     prefill.jax_export, step.jax_export               the model with its cache, for CPUs and GPUs
-    run.py                                            generates with these, on JAX and flatbuffers alone
+    run.py                                            generates with these; JAX and flatbuffers do
 
 The programs take any number of rows, prompts of up to P tokens and, prompt included, C tokens in a
 row; both are the context length of the training unless given. Some ten seconds on a CPU.
