@@ -180,7 +180,7 @@ class Trainer:
         seconds = 0.0
         if restored := self._checkpoints.restore_newest(self.state):
             self.state, seconds = restored
-        self.step = self._last_check = int(self.state.step)
+        self.step = int(self.state.step)
         self._watch = Stopwatch(seconds)
         self._logged = (self.step, seconds)
         with together():
@@ -298,7 +298,6 @@ class Trainer:
     def _require_finite(self) -> None:
         if bad_step := int(self.state.bad_step):
             self._diverged(bad_step)
-        self._last_check = self.step
 
     def _diverged(self, bad_step: int) -> None:
         self._checkpoints.wait()
@@ -309,8 +308,8 @@ class Trainer:
             else "there is no checkpoint yet"
         )
         raise TrainingDiverged(
-            f"loss, gradient or parameters are not finite at step {bad_step}, found between the "
-            f"checks after steps {self._last_check} and {self.step}; {last_good}. "
+            f"loss, gradient or parameters are not finite at step {bad_step}, found after step "
+            f"{self.step}; {last_good}. "
             "A lower optimizer.learning_rate or optimizer.clip_norm may help."
         )
 
