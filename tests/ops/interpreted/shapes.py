@@ -3,6 +3,8 @@
 import contextlib
 
 import hypothesis
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -102,6 +104,33 @@ SIZES = st.sampled_from([(16, 16), (16, 32), (32, 16)])
 def test_any_shapes_and_options(case, blocks, dtype):
     with tiles(*blocks):
         assert not contract.violations(contract.TRITON, case, dtype)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # of the interpreter
+@pytest.mark.parametrize("filling", [np.nan, np.inf])
+def test_what_is_beyond_the_lengths_is_left_out(filling):
+    """Tiles of 16 hold both sides of a length."""
+    case = cases.case("beyond", T=40, S=40, B=1, N=1, K=1)
+    query, key, value, gamma, weight, dout, _ = case.arrays(jnp.float32)
+    lengths = {"query_seq_lengths": jnp.array([21]), "key_value_seq_lengths": jnp.array([27])}
+
+    def results(filling):
+        arrays = [
+            x.at[:, length:].set(filling)
+            for x, length in ((query, 21), (key, 27), (value, 27), (dout, 21))
+        ]
+
+        def call(*inputs):
+            numbers = {"gamma": gamma, "key_norm_weight": weight}
+            return contract.TRITON.attend(*inputs, **numbers, **lengths)
+
+        out, vjp = jax.vjp(call, *arrays[:3])
+        dquery, dkey, dvalue = vjp(arrays[3])
+        return out, dquery[:, :21], dkey[:, :27], dvalue
+
+    with tiles(16, 16):
+        for got, want in zip(results(filling), results(0), strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 @offsets.parametrize
