@@ -229,6 +229,11 @@ def test_tiles_say_what_is_wrong_with_them(change, requirement):
         Tiles(**change)
 
 
+def test_only_the_forward_pass_visits_many_tiles():
+    with pytest.raises(ValueError, match="backward has visits=2, which must be 1"):
+        override_tiles(None, Tiles(visits=2))
+
+
 @pytest.mark.parametrize("H", HEAD_DIMS)
 def test_chosen_tiles_fit(H):
     assert choose(H, True).fits("forward", H)

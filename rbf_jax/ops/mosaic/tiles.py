@@ -115,7 +115,13 @@ _overrides: contextvars.ContextVar[tuple[Tiles | None, Tiles | None]] = contextv
 def override_tiles(
     forward: Tiles | None = None, backward: Tiles | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    """Within it, the kernels of programs that are traced have these tiles; None: as before."""
+    """Within it, the kernels of programs that are traced have these tiles; None: as before.
+
+    Raises:
+      ValueError: the backward pass is to visit several tiles, which only the forward pass does.
+    """
+    if backward is not None and backward.visits > 1:
+        raise ValueError(f"backward has visits={backward.visits}, which must be 1.")
     old_forward, old_backward = _overrides.get()
     return override(_overrides, (forward or old_forward, backward or old_backward))
 
