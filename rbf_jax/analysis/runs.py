@@ -63,13 +63,13 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
       FileNotFoundError: a folder or a file in one is missing.
     """
     if len(paths) < 2:
-        raise ValueError(f"runs={','.join(map(str, paths))!r} must name two or more run folders")
+        raise ValueError(f"runs={','.join(map(str, paths))!r} must name two or more run folders.")
     if not all(map(str, paths)):
-        raise ValueError(f"runs={','.join(map(str, paths))!r} must be paths of run folders")
+        raise ValueError(f"runs={','.join(map(str, paths))!r} must be paths of run folders.")
     resolved = [Path(path).resolve() for path in paths]
     for path in resolved:
         if resolved.count(path) > 1:
-            raise ValueError(f"runs names {path} twice, and must name different run folders")
+            raise ValueError(f"runs names {path} twice, and must name different run folders.")
     return [read_run(path, name) for path, name in zip(paths, _names(resolved))]
 
 
@@ -86,7 +86,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     """
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"run folder {path} does not exist")
+        raise FileNotFoundError(f"run folder {path} does not exist.")
     config = read_json(path / "config.json")
     for section in ("seed", "data", "model", "train"):
         if section not in config:

@@ -133,7 +133,8 @@ def to_table(found: list[Row], num_trials: int) -> Table:
     """The table; of many trials, those that run or failed, the best, and the newest."""
     top = best(found)
     names = list(dict.fromkeys(name for row in found for name in row.params))
-    table = Table(title=headline(found, num_trials), title_justify="left")
+    title = headline(found, num_trials) + ("" if top is None else " (*)")
+    table = Table(title=title, title_justify="left")
     for heading in ("trial", "state"):
         table.add_column(heading)
     for heading in (*names, "seed", "step", "loss", "value"):
@@ -159,7 +160,7 @@ def headline(found: list[Row], num_trials: int) -> str:
     counts = Counter(row.state for row in found)
     states = ", ".join(f"{count} {state}" for state, count in counts.items())
     top = best(found)
-    value = "" if top is None else f"; best {top.value:.4f}, trial {top.number} (*)"
+    value = "" if top is None else f"; best {top.value:.4f}, trial {top.number}"
     return f"{num_trials} trials: {states or 'none begun'}{value}"
 
 

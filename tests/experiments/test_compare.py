@@ -60,11 +60,11 @@ def test_compare(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
-        ("{a}", "must name two or more run folders"),
+        ("{a}", "must name two or more run folders."),
         ("{a},{a}", "twice"),
-        ("{a},{a}/nowhere", "does not exist"),
-        ("{a},{empty}", "config.json does not exist"),
-        ("{a},", "must be paths of run folders"),
+        ("{a},{a}/nowhere", "does not exist."),
+        ("{a},{empty}", "config.json does not exist; is "),
+        ("{a},", "must be paths of run folders."),
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, runs, message):

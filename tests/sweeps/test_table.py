@@ -51,6 +51,10 @@ def test_the_table_says_what_varies_where_each_trial_is_and_why_it_failed():
     assert "4 trials: 2 finished, 1 failed, 1 running; best 2.2500, trial 1 (*)" in text
 
 
+def test_a_headline_alone_has_no_mark_of_the_table():
+    assert table.headline([row(0, value=2.5)], 4) == "4 trials: 1 finished; best 2.5000, trial 0"
+
+
 def test_of_many_trials_it_shows_those_that_run_or_failed_and_the_best():
     rows = [row(number, value=float(number)) for number in range(100)]
     rows[50], rows[60], rows[70] = row(50, "running"), row(60, "failed"), row(70, "interrupted")
