@@ -16,12 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from rbf_jax.ops.kernel_calls import LN2
 from rbf_jax.ops.mosaic.common import COLUMNS, ROWS, Rules, kernel, load, swizzled
 from rbf_jax.ops.mosaic.query_block import QueryBlock
 from rbf_jax.ops.mosaic.tiles import Tiles
 from rbf_jax.ops.varying import struct_like
-
-_LN2 = 0.6931471805599453
 
 
 class _QueriesMemory(NamedTuple):
@@ -121,7 +120,7 @@ class _QueriesBlock(QueryBlock):
         dq = section(inner_start, inner_stop, dq, True)
         if self.has_rest():
             dq = section(inner_stop, stop, dq, False)
-        dq *= self.numbers[0][...] * _LN2
+        dq *= self.numbers[0][...] * LN2
         query = load(memory.query.at[mine], plgpu.Layout.WGMMA)
         memory.rows[0, mine] = jnp.sum(query.astype(jnp.float32) * dq, axis=1)
         memory.query[mine] = dq.astype(self.out.dtype)

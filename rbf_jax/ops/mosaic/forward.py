@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from rbf_jax.ops.kernel_calls import LOG2E
 from rbf_jax.ops.mosaic.common import COLUMNS, ROWS, Rules, kernel, load, sum_of_eights, swizzled
 from rbf_jax.ops.mosaic.query_block import QueryBlock
 from rbf_jax.ops.mosaic.tiles import Tiles
@@ -341,4 +342,4 @@ class Block(QueryBlock):
 
 
 def _log2(x: jax.Array) -> jax.Array:
-    return jnp.log(x) * 1.4426950408889634
+    return jnp.log(x) * LOG2E

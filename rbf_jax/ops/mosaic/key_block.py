@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from rbf_jax.ops.kernel_calls import LN2
 from rbf_jax.ops.mosaic.common import (
     COLUMNS,
     ROWS,
@@ -29,8 +30,6 @@ from rbf_jax.ops.mosaic.common import (
 )
 from rbf_jax.ops.mosaic.tiles import Tiles
 from rbf_jax.ops.varying import struct_like
-
-_LN2 = 0.6931471805599453
 
 
 class KeyMemory(NamedTuple):
@@ -228,13 +227,13 @@ class KeyBlock:
                 memory.columns.at[mine], column_sums.at[self.batch, index, columns]
             )
             plgpu.wait_smem_to_gmem(0)
-            return dk, dv, norm_part + sums * (2 * _LN2 * weight), head.scale
+            return dk, dv, norm_part + sums * (2 * LN2 * weight), head.scale
 
         first = scales[self.key_head * self.group]
         carry = (zeros, zeros, row, first)
         dk, dv, norm_part, scale = lax.fori_loop(0, self.group, one_head, carry)
         key = load(memory.key.at[mine], plgpu.Layout.WGMMA).astype(jnp.float32)
-        dk = dk * (scale * _LN2) - lax.broadcast_in_dim(norm_part, shape, [0]) * key
+        dk = dk * (scale * LN2) - lax.broadcast_in_dim(norm_part, shape, [0]) * key
         self.before_store()
         memory.key[mine] = dk.astype(dkey.dtype)
         memory.value[mine] = dv.astype(dvalue.dtype)
