@@ -31,7 +31,7 @@ class Sampling:
     def __post_init__(self):
         if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
             raise ValueError(f"temperature={self.temperature!r} must be a number, at least 0.")
-        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 1):
+        if self.top_k is not None and not (type(self.top_k) is int and self.top_k >= 1):
             raise ValueError(f"top_k={self.top_k!r} must be None or an int, at least 1.")
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(

@@ -56,6 +56,7 @@ def test_of_equal_tokens_too_exactly_k_are_left():
         ({"temperature": float("inf")}, "temperature=inf"),
         ({"top_k": 0}, "top_k=0 must be None or an int, at least 1"),
         ({"top_k": 2.5}, "top_k=2.5"),
+        ({"top_k": True}, "top_k=True"),
         ({"top_p": 0.0}, "top_p=0.0 must be None or a number greater than 0 and at most 1"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_p": float("nan")}, "top_p=nan"),
