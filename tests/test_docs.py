@@ -70,8 +70,9 @@ def test_python_on_a_run(page, folder, monkeypatch):
     "command",
     [
         x
-        for page in ("training", "inspecting")
+        for page in ("training", "inspecting", "scaling")
         for x in commands_in((DOCS / f"{page}.md").read_text())
+        if "…" not in x and "bench_scaling" not in x  # which has a test of its own
     ],
     ids=lambda command: command.split()[2],
 )
