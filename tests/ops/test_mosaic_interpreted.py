@@ -4,7 +4,7 @@ from tests.ops import own_process
 
 FOLDER = "tests/ops/mosaic_interpreted"
 # Where a warpgroup ends in an error, the others wait for it for ever.
-LIMIT = ["faulthandler_timeout=90", "faulthandler_exit_on_timeout=true"]
+LIMIT = ["faulthandler_timeout=240", "faulthandler_exit_on_timeout=true"]
 
 
 def test_all_files_are_run():
