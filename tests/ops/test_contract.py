@@ -109,7 +109,7 @@ class Constant:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of at most 8 and 16, so that short sequences have several."""
-    monkeypatch.setattr("rbf_jax.ops.xla._max_blocks", lambda: (8, 16))
+    monkeypatch.setattr("rbf_jax.ops.xla._MAX_BLOCKS", (8, 16))
 
 
 @hypothesis.settings(

@@ -10,5 +10,5 @@ from tests.ops import offsets
 @pytest.mark.parametrize("attend", [reference.attend, xla.attend], ids=["reference", "xla"])
 @offsets.parametrize
 def test_offsets(attend, name, starts, monkeypatch):
-    monkeypatch.setattr("rbf_jax.ops.xla._max_blocks", lambda: (8, 16))
+    monkeypatch.setattr("rbf_jax.ops.xla._MAX_BLOCKS", (8, 16))
     offsets.check(attend, name, starts, jnp.float32, 2e-5)

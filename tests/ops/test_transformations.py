@@ -26,7 +26,7 @@ def arrays():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("rbf_jax.ops.xla._max_blocks", lambda: (8, 8))
+    monkeypatch.setattr("rbf_jax.ops.xla._MAX_BLOCKS", (8, 8))
 
 
 def assert_close(got, want):
