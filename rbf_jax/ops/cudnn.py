@@ -15,13 +15,12 @@ backward pass gives wrong gradients of v (docs/implementations.md).
 
 from __future__ import annotations
 
-import functools
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 
-from rbf_jax.ops import partition
+from rbf_jax.ops import nvidia, partition
 from rbf_jax.ops.types import Inputs, Masking, Options
 
 _MULTIPLE = 8
@@ -40,9 +39,7 @@ def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | Non
     """Returns why this call cannot be done here, as the rest of a sentence, or None if it can."""
     H = inputs.query.shape[-1]
     given = [name for name, rule in masking._asdict().items() if rule is not None]
-    if not _has_nvidia_gpu():
-        return "needs an NVIDIA GPU, and JAX's default backend is " + jax.default_backend()
-    if (reason := partition.unsupported()) is not None:
+    if (reason := nvidia.unavailable() or partition.unsupported()) is not None:
         return reason
     if inputs.query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"supports bfloat16 and float16, not {inputs.query.dtype}"
@@ -56,7 +53,7 @@ def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | Non
         return "does not return a float32 logsumexp (return_residual, normalize=False)"
     if options.window is not None and not options.is_causal:
         return "supports local_window_size together with is_causal only"
-    limit = 256 if _compute_capability() >= (9, 0) else 128
+    limit = 256 if nvidia.target().compute_capability >= 90 else 128
     if _augmented_dim(H) > limit:
         return f"supports head dimensions up to {limit - _MULTIPLE} on this GPU, not {H}"
     return None
@@ -145,12 +142,3 @@ def _pad(array: jax.Array, head_dim: int) -> jax.Array:
     """Zeros up to an even length and the augmented head dimension."""
     odd, missing = array.shape[1] % 2, _augmented_dim(head_dim) - array.shape[-1]
     return jnp.pad(array, [(0, 0), (0, odd), (0, 0), (0, missing)])
-
-
-@functools.cache
-def _has_nvidia_gpu() -> bool:
-    return jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_kind
-
-
-def _compute_capability() -> tuple[int, ...]:
-    return tuple(int(x) for x in jax.devices()[0].compute_capability.split("."))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops import api
+from rbf_jax.ops import api, nvidia
+from rbf_jax.ops.triton import launch
 
 Q = jnp.ones((2, 6, 4, 8))
 K = jnp.ones((2, 5, 2, 8))
@@ -77,8 +78,15 @@ def test_wrong_input(change, message):
         rbf_attention(**arguments)
 
 
+def pretend_gpu(monkeypatch, capability):
+    """For which there is no Triton."""
+    monkeypatch.setattr(nvidia, "unavailable", lambda: None)
+    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("a GPU", capability))
+    monkeypatch.setattr(launch, "unavailable", lambda: "is not there")
+
+
 def test_cudnn_by_name_never_falls_back(monkeypatch):
-    monkeypatch.setattr("rbf_jax.ops.cudnn._has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(nvidia, "unavailable", lambda: "needs an NVIDIA GPU")
     with pytest.raises(
         NotImplementedError, match=r"needs an NVIDIA GPU.*'xla' and 'reference' can"
     ):
@@ -99,8 +107,7 @@ def test_cudnn_by_name_never_falls_back(monkeypatch):
 )
 def test_what_cudnn_refuses_on_a_gpu(monkeypatch, change, message):
     """Each refusal names the reason and who can; the GPU is pretended, nothing is launched."""
-    monkeypatch.setattr("rbf_jax.ops.cudnn._has_nvidia_gpu", lambda: True)
-    monkeypatch.setattr("rbf_jax.ops.cudnn._compute_capability", lambda: (8, 0))
+    pretend_gpu(monkeypatch, 80)
     change = dict(change)
     dtype, H = change.pop("dtype", jnp.float32), change.pop("H", 8)
     q, k = jnp.ones((2, 6, 4, H), dtype), jnp.ones((2, 5, 2, H), dtype)
@@ -110,8 +117,7 @@ def test_what_cudnn_refuses_on_a_gpu(monkeypatch, change, message):
 
 def test_default_follows_the_platform_that_compiles(monkeypatch):
     """With a GPU the default holds cuDNN's call for CUDA, and still runs when placed on a CPU."""
-    monkeypatch.setattr("rbf_jax.ops.cudnn._has_nvidia_gpu", lambda: True)
-    monkeypatch.setattr("rbf_jax.ops.cudnn._compute_capability", lambda: (9, 0))
+    pretend_gpu(monkeypatch, 90)
     monkeypatch.setitem(
         api._BACKENDS,
         "cudnn",
@@ -124,9 +130,9 @@ def test_default_follows_the_platform_that_compiles(monkeypatch):
 
 
 def test_choice_is_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr("rbf_jax.ops.cudnn._has_nvidia_gpu", lambda: True)
+    pretend_gpu(monkeypatch, 90)
     reason = "needs an NVIDIA GPU, and JAX's default backend is cpu"
-    monkeypatch.setattr("rbf_jax.ops.triton.launch.unavailable", lambda: reason)
+    monkeypatch.setattr(launch, "unavailable", lambda: reason)
     api._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="rbf_jax"):
         rbf_attention(Q, K, K)

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from rbf_jax import rbf_attention
+from rbf_jax.ops import nvidia
+from rbf_jax.ops.triton import launch
 from tests.ops import cases, contract, support
 
 REFUSED = [case for case in cases.CASES if case.features & contract.CUDNN_REFUSES]
@@ -24,8 +26,9 @@ def test_every_feature_is_described():
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
 def test_cudnn_refuses_what_the_list_says(case, monkeypatch):
     """The GPU is pretended: nothing is launched, since the call is refused before."""
-    monkeypatch.setattr("rbf_jax.ops.cudnn._has_nvidia_gpu", lambda: True)
-    monkeypatch.setattr("rbf_jax.ops.cudnn._compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(nvidia, "unavailable", lambda: None)
+    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("NVIDIA H100 80GB HBM3", 90))
+    monkeypatch.setattr(launch, "unavailable", lambda: "is not there")
     q, k, v, gamma, key_norm_weight, *_ = case.arrays(jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="'xla' and 'reference' can do this call"):
         rbf_attention(

@@ -224,8 +224,7 @@ def test_export_and_back(arrays):
 
 def test_traces_for_cuda_without_a_gpu(arrays, monkeypatch):
     """A machine without a GPU can export the default implementation for one that has one."""
-    monkeypatch.setattr("rbf_jax.ops.cudnn._has_nvidia_gpu", lambda: False)
-    monkeypatch.setattr("rbf_jax.ops.triton.launch.unavailable", lambda: "needs an NVIDIA GPU")
+    monkeypatch.setattr("rbf_jax.ops.nvidia.unavailable", lambda: "needs an NVIDIA GPU")
     q, k, v, _ = arrays
     f = jax.jit(lambda q, k, v: rbf_attention(q, k, v, is_causal=True))
     specs = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in (q, k, v)]
