@@ -103,6 +103,7 @@ def part(sizes, spec):
 
 def test_a_shard_map_over_some_axes():
     """JAX cannot split kernels there: they say so, and the default is "xla"."""
+
     def within(implementation):
         def attend(*inputs, **options):
             call = functools.partial(rbf_attention, implementation=implementation, **options)
