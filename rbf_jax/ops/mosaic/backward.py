@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rbf_jax.ops.kernel_calls import LN2
 from rbf_jax.ops.mosaic.common import COLUMNS, ROWS, Rules, kernel, load, swizzled
-from rbf_jax.ops.mosaic.query_block import QueryBlock
+from rbf_jax.ops.mosaic.query_block import QueryBlock, ring_of_keys
 from rbf_jax.ops.mosaic.tiles import Tiles
 from rbf_jax.ops.varying import struct_like
 
@@ -57,19 +57,13 @@ def queries(
     query, logsumexp = inputs[0], rows[1]
     B, T, N, _ = query.shape
     num_tiles = -(-T // tiles.rows)
-    stages, consumers = tiles.stages, tiles.consumers
+    consumers = tiles.consumers
     memory = _QueriesMemory(
         query=swizzled(query, consumers, tiles.block_q),
         dout=swizzled(query, consumers, tiles.block_q),
-        key=swizzled(query, stages, tiles.block_k),
-        value=swizzled(query, stages, tiles.block_k),
-        norms=plgpu.SMEM((stages, tiles.block_k), jnp.float32),
         rows=plgpu.SMEM((2, consumers, tiles.block_q), jnp.float32),
         rows_loaded=plgpu.Barrier(num_arrivals=4, num_barriers=consumers),
-        key_loaded=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        value_loaded=plgpu.Barrier(num_barriers=stages),
-        key_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
-        value_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+        **ring_of_keys(inputs[1], tiles),
     )
 
     def rbf_attention_queries(*refs):

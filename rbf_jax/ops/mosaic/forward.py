@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rbf_jax.ops.kernel_calls import LOG2E
 from rbf_jax.ops.mosaic.common import COLUMNS, ROWS, Rules, kernel, load, sum_of_eights, swizzled
-from rbf_jax.ops.mosaic.query_block import QueryBlock
+from rbf_jax.ops.mosaic.query_block import QueryBlock, ring_of_keys
 from rbf_jax.ops.mosaic.tiles import Tiles
 from rbf_jax.ops.triton.gate import HEADROOM, LARGEST_REFERENCE, SMALLEST_SUM
 from rbf_jax.ops.varying import struct_like
@@ -81,22 +81,16 @@ def forward(
     """
     B, T, N, _ = query.shape
     num_blocks = -(-T // (tiles.rows * tiles.visits))
-    stages, consumers = tiles.stages, tiles.consumers
+    consumers = tiles.consumers
     memory = _Memory(
         query=swizzled(query, min(tiles.visits, 2), consumers, tiles.block_q),
-        key=swizzled(query, stages, tiles.block_k),
-        value=swizzled(query, stages, tiles.block_k),
-        norms=plgpu.SMEM((stages, tiles.block_k), jnp.float32),
         rows=plgpu.SMEM((consumers, tiles.block_q), jnp.float32),
         logsumexp=plgpu.SMEM((consumers, tiles.block_q), jnp.float32),
         flags=plgpu.SMEM((tiles.visits, consumers), jnp.int32),
         query_loaded=plgpu.Barrier(num_barriers=consumers),
-        key_loaded=plgpu.Barrier(num_arrivals=2, num_barriers=stages),  # the norms too
-        value_loaded=plgpu.Barrier(num_barriers=stages),
-        key_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
-        value_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         decided=plgpu.Barrier(num_arrivals=consumers),
         turn=plgpu.Barrier(num_arrivals=consumers),
+        **ring_of_keys(key, tiles),
     )
 
     def rbf_attention_forward(*refs):

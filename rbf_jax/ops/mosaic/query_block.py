@@ -18,9 +18,24 @@ from rbf_jax.ops.mosaic.common import (
     blocks_of,
     extent,
     near_enough,
+    swizzled,
     tile_indices,
 )
 from rbf_jax.ops.mosaic.tiles import Tiles
+
+
+def ring_of_keys(key: jax.Array, tiles: Tiles) -> dict[str, Any]:
+    """The types, by name, of what `QueryBlock.load` fills, in shared memory, and of its barriers."""
+    stages, consumers = tiles.stages, tiles.consumers
+    return {
+        "key": swizzled(key, stages, tiles.block_k),
+        "value": swizzled(key, stages, tiles.block_k),
+        "norms": plgpu.SMEM((stages, tiles.block_k), jnp.float32),
+        "key_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=stages),  # the norms too
+        "value_loaded": plgpu.Barrier(num_barriers=stages),
+        "key_free": plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+        "value_free": plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+    }
 
 
 class QueryBlock:
