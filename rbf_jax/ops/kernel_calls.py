@@ -7,6 +7,7 @@ the kernels on its part of batch and heads.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,6 +48,40 @@ class Shared(NamedTuple):
     key_norm_weight: jax.Array
     slopes: jax.Array | None
     mask: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonRules:
+    """Of the static rules of a call, which say what code kernels contain, those that all have.
+
+    Attributes:
+      causal: query i attends to keys j ≤ i.
+      sink: a virtual key at the origin with value 0.
+      slopes: ALiBi.
+      query_lengths: whether there are any.
+      key_lengths: whether there are any.
+      offset: whether positions of queries, by which causality, windows and ALiBi go, are not their
+        indices.
+    """
+
+    causal: bool = False
+    sink: bool = False
+    slopes: bool = False
+    query_lengths: bool = False
+    key_lengths: bool = False
+    offset: bool = False
+
+
+def common_rules(options: Options, full: Full, shared: Shared) -> dict[str, bool]:
+    """Those of a call, by name."""
+    return {
+        "causal": options.is_causal,
+        "sink": options.origin_sink,
+        "slopes": shared.slopes is not None,
+        "query_lengths": full.query_lengths is not None,
+        "key_lengths": full.key_lengths is not None,
+        "offset": full.query_offset is not None,
+    }
 
 
 class Rows(NamedTuple):
@@ -201,10 +236,14 @@ def natural_logsumexp(logsumexp: jax.Array, inputs: Inputs) -> jax.Array:
 def own_logsumexp(logsumexp: jax.Array) -> jax.Array:
     """The inverse of `natural_logsumexp`."""
     logsumexp = jnp.where(jnp.isneginf(logsumexp), jnp.inf, logsumexp / jnp.float32(LN2))
-    T = logsumexp.shape[1]
-    return jnp.pad(logsumexp.swapaxes(1, 2), [(0, 0), (0, 0), (0, aligned(T) - T)])
+    return filled(logsumexp.swapaxes(1, 2))
 
 
 def aligned(length: int) -> int:
     """The length of a row of numbers that holds one for each query or key."""
     return -(-length // _ALIGNMENT) * _ALIGNMENT
+
+
+def filled(rows: jax.Array, size: int = _ALIGNMENT, fill: float = 0) -> jax.Array:
+    """Rows of numbers, (B, heads, length), filled to a multiple of a size."""
+    return jnp.pad(rows, [(0, 0), (0, 0), (0, -rows.shape[-1] % size)], constant_values=fill)

@@ -18,6 +18,8 @@ from rbf_jax.ops.kernel_calls import (
     Full,
     Rows,
     Shared,
+    common_rules,
+    filled,
     natural_logsumexp,
     needed,
     numbers_per_head,
@@ -105,8 +107,8 @@ def _backward_kernels(plan: _Plan, full: Full, rows: Rows, shared: Shared) -> Gr
         delta -= rows.dlogsumexp
     of_queries = [
         _padded(rows.dout),
-        _in_whole_tiles(rows.logsumexp[..., :T], tiles.rows, jnp.inf),
-        _in_whole_tiles(delta.swapaxes(1, 2), tiles.rows),
+        filled(rows.logsumexp[..., :T], tiles.rows, jnp.inf),
+        filled(delta.swapaxes(1, 2), tiles.rows),
     ]
     rules = _rules(plan, full, shared, online=True)
     run = _one_kernel if tiles.one_kernel else _two_kernels
@@ -150,15 +152,10 @@ def _rules(plan: _Plan, full: Full, shared: Shared, *, online: bool):
     return Rules(
         num_queries=full.query.shape[1],
         num_keys=full.key.shape[1],
-        causal=options.is_causal,
         left=left,
         right=right,
-        sink=options.origin_sink,
-        slopes=shared.slopes is not None,
-        query_lengths=full.query_lengths is not None,
-        key_lengths=full.key_lengths is not None,
-        offset=full.query_offset is not None,
         online=online,
+        **common_rules(options, full, shared),
     )
 
 
@@ -174,7 +171,7 @@ def _inputs(full: Full, shared: Shared, tiles: Tiles) -> list[jax.Array]:
         _padded(full.query),
         _padded(full.key),
         _padded(full.value),
-        _in_whole_tiles(full.key_norms.swapaxes(1, 2), tiles.keys),
+        filled(full.key_norms.swapaxes(1, 2), tiles.keys),
         numbers_per_head(shared),
         jnp.stack(lengths, axis=1),
     ]
@@ -190,11 +187,6 @@ def _padded(x: jax.Array) -> jax.Array:
 
 def _padded_head_dim(head_dim: int) -> int:
     return min(size for size in HEAD_DIMS if size >= head_dim)
-
-
-def _in_whole_tiles(x: jax.Array, size: int, fill: float = 0) -> jax.Array:
-    """(B, heads, length), filled to a multiple of the size."""
-    return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[-1] % size)], constant_values=fill)
 
 
 def _plan(options: Options) -> _Plan:

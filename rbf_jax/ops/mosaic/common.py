@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from rbf_jax.ops.kernel_calls import CommonRules
+
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a tile of logits
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 _LOAD_WANTS_AN_INDEX = (
@@ -19,34 +21,21 @@ _LOAD_WANTS_AN_INDEX = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class Rules(CommonRules):
     """What the kernel is made for.
 
     Attributes:
       num_queries: T; the arrays may be longer.
       num_keys: S, likewise.
-      causal: query i attends to keys j ≤ i.
       left: query i attends to keys j ≥ i − left; None for no such rule.
       right: query i attends to keys j ≤ i + right; None for no such rule.
-      sink: a virtual key at the origin with value 0.
-      slopes: ALiBi.
-      query_lengths: whether there are any.
-      key_lengths: whether there are any.
-      offset: whether positions of queries, by which causality, windows and ALiBi go, are not their
-        indices.
       online: online softmax from the start.
     """
 
     num_queries: int
     num_keys: int
-    causal: bool = False
     left: int | None = None
     right: int | None = None
-    sink: bool = False
-    slopes: bool = False
-    query_lengths: bool = False
-    key_lengths: bool = False
-    offset: bool = False
     online: bool = False
 
 

@@ -25,7 +25,7 @@ from rbf_jax.ops.mosaic.tiles import Tiles
 
 
 def ring_of_keys(key: jax.Array, tiles: Tiles) -> dict[str, Any]:
-    """The types, by name, of what `QueryBlock.load` fills, in shared memory, and of its barriers."""
+    """The types, by name, of the shared memory that `QueryBlock.load` fills, and its barriers."""
     stages, consumers = tiles.stages, tiles.consumers
     return {
         "key": swizzled(key, stages, tiles.block_k),

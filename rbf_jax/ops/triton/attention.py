@@ -17,6 +17,8 @@ from rbf_jax.ops.kernel_calls import (
     Rows,
     Shared,
     aligned,
+    common_rules,
+    filled,
     natural_logsumexp,
     needed,
     numbers_per_head,
@@ -65,19 +67,13 @@ class _Call:
             self.N,
             self.K,
             self.H,
-            causal=plan.options.is_causal,
             left=left,
             right=right,
-            sink=plan.options.origin_sink,
-            slopes=shared.slopes is not None,
-            query_lengths=full.query_lengths is not None,
-            key_lengths=full.key_lengths is not None,
-            offset=full.query_offset is not None,
             segments=full.query_segments is not None,
             mask=shared.mask is not None,
+            **common_rules(plan.options, full, shared),
         )
-        norms = full.key_norms.swapaxes(1, 2)
-        self.norms = jnp.pad(norms, [(0, 0), (0, 0), (0, aligned(self.S) - self.S)])
+        self.norms = filled(full.key_norms.swapaxes(1, 2))
         self.per_head = numbers_per_head(shared)
 
     def online(self, tiles: Tiles) -> bool:

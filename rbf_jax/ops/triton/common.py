@@ -10,6 +10,8 @@ import dataclasses
 import triton
 import triton.language as tl
 
+from rbf_jax.ops.kernel_calls import CommonRules
+
 # Rows of float32 arrays that hold one number per query or key are this long, or a multiple of it,
 # so that they can be read 16 bytes at a time.
 ALIGNMENT = tl.constexpr(16)
@@ -19,22 +21,15 @@ PARTS = tl.constexpr(8)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class Rules(CommonRules):
     """The static rules of a call: which code the kernels contain. Read as `RULES` in a kernel.
 
     Attributes:
       num_heads: N.
       num_kv_heads: K.
       head_dim: H.
-      causal: query i attends to keys j ≤ i.
       left: query i attends to keys j ≥ i − left; −1 for no such rule.
       right: query i attends to keys j ≤ i + right; −1 for no such rule.
-      sink: a virtual key at the origin with value 0.
-      slopes: ALiBi.
-      query_lengths: whether there are any.
-      key_lengths: whether there are any.
-      offset: whether positions of queries, by which causality, windows and ALiBi go, are not their
-        indices.
       segments: whether there are any.
       mask: whether there is one.
     """
@@ -42,14 +37,8 @@ class Rules:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    causal: bool = False
     left: int = -1
     right: int = -1
-    sink: bool = False
-    slopes: bool = False
-    query_lengths: bool = False
-    key_lengths: bool = False
-    offset: bool = False
     segments: bool = False
     mask: bool = False
 
