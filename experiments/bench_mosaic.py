@@ -41,10 +41,9 @@ _LARGEST_DIFFERENCE = 2e-2  # in units of the largest output
 # block_k, stages, consumers, pingpong, visits
 _SIZES = [
     *itertools.product((128, 256), (2,), (2,), (True,), (1, 2, 4, 8)),
-    *itertools.product((128, 256), (2, 3), (2,), (False,), (1,)),
-    *itertools.product((128,), (2,), (3,), (False,), (1, 4)),
-    *itertools.product((64,), (2,), (2,), (True, False), (1,)),
-    *itertools.product((64,), (2, 3), (1,), (False,), (1,)),
+    *itertools.product((128, 256), (2,), (2,), (False,), (1,)),
+    *itertools.product((128,), (2,), (3,), (False,), (1,)),
+    *itertools.product((64,), (2,), (2,), (True,), (1, 4)),
 ]
 
 

@@ -1,7 +1,7 @@
 """What forward + backward needs of memory as T grows, and where it needs more than there is.
 
 B 1, N 8, H 64, bfloat16, causal. Programs are compiled for shapes, not run: that tells their
-temporary bytes, also where they would not fit. Only the Triton kernel is run, at the longest T.
+temporary bytes, also where they would not fit. Only RBF's kernels are run, at the longest T.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.clock import Call, Clock, one_line
 from experiments.benchmarks.contenders import (
+    BASELINE,
+    MOSAIC,
     TRITON,
     Cell,
     dot_product,
@@ -31,7 +33,9 @@ _QUADRATIC = {
 }
 _LINEAR = {
     "RBF xla": functools.partial(rbf, implementation="xla"),
+    BASELINE: functools.partial(dot_product, implementation="cudnn"),
     TRITON: functools.partial(rbf, implementation="triton"),
+    MOSAIC: functools.partial(rbf, implementation="mosaic"),
 }
 
 
@@ -44,7 +48,9 @@ def measure(lengths: Sequence[int], clock: Clock) -> Iterator[dict[str, Any]]:
         else:
             programs = [functools.partial(_compile, make, cell) for cell in cells]
         for cell, program in zip(cells, programs):
-            row = _row(name, cell, program, clock, run=name == TRITON and cell is cells[-1])
+            row = _row(
+                name, cell, program, clock, run=name in (TRITON, MOSAIC) and cell is cells[-1]
+            )
             yield row
             if row["error"] is not None or row["runs_out"]:
                 break

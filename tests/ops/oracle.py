@@ -178,11 +178,12 @@ def _formula(dtype, rounded, query, key, value, gamma, key_norm_weight, dout, dl
 
     with np.errstate(divide="ignore", invalid="ignore"):
         bounds = g * (q * q).sum(-1, keepdims=True) / lam
-    rounded_p = np.where((lam > 0) & (bounds <= LARGEST_BOUND), p, 0)
+    bounded = (lam > 0) & (bounds <= LARGEST_BOUND)
+    rounded_p = np.where(bounded, p, 0)
     rounded_out = rounded_p @ np.abs(v)
     # Logits that are measured from a bound less HEADROOM are rounded as numbers of that size are.
     in_float32 = np.finfo(np.float32).eps / float(jnp.finfo(query.dtype).eps)
-    rounded_lse = np.where(rounded_p.any(-1, keepdims=True), HEADROOM * in_float32, 0)
+    rounded_lse = np.where(bounded & (total > 0), HEADROOM * in_float32, 0)
     rounding = of_output(rounded_out, rounded_p)._replace(out=rounded_out, logsumexp=rounded_lse)
     with np.errstate(over="ignore", invalid="ignore"):
         kept = np.abs(out - out.astype(query.dtype).astype(dtype))

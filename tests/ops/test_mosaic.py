@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -87,7 +88,7 @@ def test_backward(H):
     program = _program(jax.grad(loss, argnums=(0, 1, 2)), *_shapes(H))
     H = H if H in HEAD_DIMS else 128
     assert len(CALL.findall(program)) == (2 if choose_backward(H).one_kernel else 3)
-    for tiles in (choose(H, False), choose_backward(H)):
+    for tiles in (choose(H, False, T, B * N), choose_backward(H)):
         assert f"tensor<{B}x{N}x{-(-T // tiles.rows) * tiles.rows}xf32>" in program
 
 
@@ -165,7 +166,9 @@ def test_a_ring_asks_by_its_chunks(monkeypatch, length, options, mosaic):
     """Two devices have halves; under a causal rule each has two quarters."""
     monkeypatch.setattr(jax, "__version__", "0.11.2")
     array = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.bfloat16)
-    mesh = jax.make_mesh((2,), ("seq",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (2,), ("seq",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:2]
+    )
     with jax.set_mesh(mesh):
         program = _program(functools.partial(rbf_attention, **options), array, array, array)
     assert bool(CALL.search(program)) == mosaic
@@ -236,14 +239,28 @@ def test_only_the_forward_pass_visits_many_tiles():
 
 @pytest.mark.parametrize("H", HEAD_DIMS)
 def test_chosen_tiles_fit(H):
-    assert choose(H, True).fits("forward", H)
-    assert choose(H, False).fits("forward", H)
+    for plain, length in itertools.product((False, True), (128, 1024, 4096, 16384)):
+        assert choose(H, plain, length, 2**20 // length).fits("forward", H)
     for two_kernels in (False, True):
         tiles = choose_backward(H, two_kernels=two_kernels)
         assert all(tiles.fits(kernel, H) for kernel in tiles.backward_kernels)
     assert not choose_backward(H, two_kernels=True).one_kernel
     assert not Tiles(block_k=256, stages=4).fits("forward", H)
     assert ONE_KERNEL.fits("gradients", H) == (H < 256)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "length", "visits"),
+    [
+        (128, 4096, 4),  # 4,096 tiles are 31.03 for each of 132: 32 turns, or 8 of four
+        (132, 512, 4),
+        (33, 512, 1),  # a tile for each multiprocessor
+        (66, 512, 2),
+        (128, 16384, 1),  # long ones gain nothing
+    ],
+)
+def test_blocks_visit_several_tiles_where_no_multiprocessor_idles(num_heads, length, visits):
+    assert choose(64, True, length, num_heads).visits == visits
 
 
 KERNELS = {

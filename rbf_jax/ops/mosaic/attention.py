@@ -87,10 +87,12 @@ def _forward_kernel(plan: _Plan, full: Full, shared: Shared) -> tuple[jax.Array,
     bounded = full.query.dtype == jnp.bfloat16 and plan.options.static_key_norm_weight is None
     rules = _rules(plan, full, shared, online=not bounded)
     plain = bounded and not rules.causal and plan.options.window is None
-    tiles = plan.tiles or choose(_padded_head_dim(full.query.shape[-1]), plain)
+    B, T, N, H = full.query.shape
+    tiles = plan.tiles or choose(
+        _padded_head_dim(H), plain, T, B * N, nvidia.target().num_multiprocessors
+    )
     inputs = _inputs(full, shared, tiles)
     out, logsumexp = forward(*inputs, rules=rules, tiles=tiles)
-    _, T, _, H = full.query.shape
     return out[:, :T, :, :H], logsumexp
 
 

@@ -131,14 +131,36 @@ def overridden() -> tuple[Tiles | None, Tiles | None]:
     return _overrides.get()
 
 
-def choose(head_dim: int, plain: bool) -> Tiles:
-    """For the forward pass, by `python -m experiments.bench_mosaic` on an H100.
+def choose(
+    head_dim: int, plain: bool, length: int, num_heads: int, num_multiprocessors: int = 132
+) -> Tiles:
+    """For the forward pass, by `python -m experiments.bench_mosaic` on an H100 and an H200.
 
     Args:
       head_dim: one of `HEAD_DIMS`.
       plain: no rule cuts blocks of keys, and there is no running maximum: a step may be longer.
+      length: T.
+      num_heads: B·N.
+      num_multiprocessors: of the GPU; each holds one block of threads.
     """
-    return Tiles(block_k={64: 256 if plain else 128, 128: 128, 256: 64}[head_dim])
+    tiles = Tiles(block_k={64: 256 if plain else 128, 128: 128, 256: 64}[head_dim])
+    visits = _most_visits(head_dim, plain, length)
+
+    def turns(visits: int) -> int:
+        """Tiles of queries that the busiest multiprocessor computes."""
+        blocks = num_heads * -(-length // (tiles.rows * visits))
+        return visits * -(-blocks // num_multiprocessors)
+
+    while turns(visits) > turns(1):
+        visits //= 2
+    return dataclasses.replace(tiles, visits=visits)
+
+
+def _most_visits(head_dim: int, plain: bool, length: int) -> int:
+    """What was the fastest where there are tiles enough for all multiprocessors."""
+    if head_dim == 64:
+        return 4 if length <= (4096 if plain else 1024) else 1
+    return 2 if head_dim == 128 and plain and length <= 4096 else 1
 
 
 def choose_backward(head_dim: int, *, two_kernels: bool = False) -> Tiles:
