@@ -96,8 +96,8 @@ class Experiment:
     ) -> dict[str, str]:
         """Trains variants; returns the reasons of those that failed, by name.
 
-        While one is trained the next are compiled, each in a thread; not if `alone`, which their
-        records then say.
+        While one is trained the next are compiled, each in a thread; if `alone` all are before the
+        first is trained, and their records say so.
 
         Raises:
           TrainingStopped: a signal came; the same call goes on.
@@ -153,13 +153,11 @@ class Experiment:
     ) -> Iterator[tuple[Variant, futures.Future]]:
         """Yields variants with what will be their texts and programs."""
         texts: dict[str, ensemble_programs.Texts] = {}
-        if alone:
-            for variant in variants:
-                yield variant, pool.submit(self._prepare, variant, texts)
-            return
         pending = collections.deque(
             (variant, pool.submit(self._prepare, variant, texts)) for variant in variants
         )
+        if alone:
+            futures.wait([prepared for _, prepared in pending])
         while pending:
             yield pending.popleft()  # Programs take memory: none is held that has run.
 

@@ -11,9 +11,9 @@ A variant is trained with all its seeds at once (rbf_jax/training/ensemble.py), 
 its record, DIR/records/VARIANT.jsonl.xz, is all that is drawn from. A record of the same
 configuration in --records (docs/measurements/experiments/SCALE) is as good. Interrupted or killed,
 the same command goes on. --kept trains nothing and draws from --records alone, whatever data it was
-made with. --alone compiles nothing while a variant is trained: slower, but seconds of training mean
-something, and are drawn. Writes DIR/NAME.png, NAME.svg and NAME.json (the numbers), and
-DIR/report.md; DIR is runs/figures/SCALE.
+made with. --alone compiles all variants before the first is trained: slower, and takes more memory,
+but seconds of training mean something, and are drawn. Writes DIR/NAME.png, NAME.svg and NAME.json
+(the numbers), and DIR/report.md; DIR is runs/figures/SCALE.
 
 Hardware: --scale=smoke and small: a CPU; paper: a GPU.
 
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, str, flags.FlagValues]:
     flags.DEFINE_string("out", f"runs/figures/{first.scale}", "folder", flag_values=values)
     flags.DEFINE_string("records", kept, "folder of records", flag_values=values)
     flags.DEFINE_bool("kept", False, "train nothing", flag_values=values)
-    flags.DEFINE_bool("alone", False, "compile nothing while training", flag_values=values)
+    flags.DEFINE_bool("alone", False, "compile all before training", flag_values=values)
     flags.DEFINE_bool("members", True, "make a run folder of each seed", flag_values=values)
     flags.DEFINE_integer("compile_workers", 0, "threads; 0: half the cores", flag_values=values)
     base, rest = config_files.override(start, "base", rest, values)

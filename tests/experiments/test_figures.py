@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from concurrent import futures
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -160,26 +160,27 @@ def test_stopped_it_says_so(experiment, monkeypatch):
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_alone_nothing_is_compiled_beside_training(alone, experiment, monkeypatch):
-    happened = []
-    written = []
-    monkeypatch.setattr(Experiment, "_prepare", lambda self, variant, texts: (None, variant.name))
+    happened, written = [], []
+    training = threading.Event()
+
+    def prepare(self, variant, texts):
+        if variant.name == "b":
+            training.wait(0.5)  # in vain, if alone
+        happened.append(("compiled", variant.name))
+        return None, variant.name
 
     def train(config, folder, texts, name, **_):
         happened.append(("trained", name))
+        training.set()
 
-    class Pool(futures.ThreadPoolExecutor):
-        def submit(self, function, variant, *rest):
-            happened.append(("compiled", variant.name))
-            return super().submit(function, variant, *rest)
-
-    monkeypatch.setattr(futures, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(Experiment, "_prepare", prepare)
     monkeypatch.setattr(ensemble, "train_ensemble", train)
     made = make_record("made", scales.get_config("smoke").to_dict())
     monkeypatch.setattr(records, "from_ensemble", lambda name, folder: made)
     monkeypatch.setattr(records, "write_record", lambda record, path: written.append(record))
     variants = [Variant("a", {}), Variant("b", {})]
     experiment.train(variants, compile_workers=1, keep_members=False, alone=alone)
-    order = [("compiled", "a"), ("trained", "a"), ("compiled", "b"), ("trained", "b")]
+    order = [("compiled", "a"), ("compiled", "b"), ("trained", "a"), ("trained", "b")]
     assert (happened == order) == alone
     assert {r.summary.get("timed_alone", False) for r in written} == {alone}
 

@@ -136,14 +136,14 @@ def test_backward_under_the_deterministic_flag(monkeypatch, flags, calls):
         ({}, 1),
         ({"H": 128, "version": "0.10.2", "is_causal": True}, 1),
         ({"version": "0.11.3"}, 0),
-        ({"mask": jnp.ones((1, 1, 1, 4096), bool)}, 0),
+        ({"mask": jnp.ones((1, 1, 1, 512), bool)}, 0),
         ({"H": 80}, 0),
         ({"dtype": jnp.float16}, 0),
-        ({"length": 4095}, 0),
+        ({"length": 511}, 0),
     ],
 )
 def test_it_is_the_default_where_it_is_faster(monkeypatch, change, calls):
-    options = {"H": 64, "dtype": jnp.bfloat16, "version": "0.11.2", "length": 4096, **change}
+    options = {"H": 64, "dtype": jnp.bfloat16, "version": "0.11.2", "length": 512, **change}
     monkeypatch.setattr(jax, "__version__", options.pop("version"))
     shape = (B, options.pop("length"), N, options.pop("H"))
     arrays = [jax.ShapeDtypeStruct(shape, options.pop("dtype"))] * 3
@@ -155,11 +155,11 @@ def test_it_is_the_default_where_it_is_faster(monkeypatch, change, calls):
 @pytest.mark.parametrize(
     ("length", "options", "mosaic"),
     [
-        (8192, {}, True),
-        (8190, {}, False),
-        (16384, {"is_causal": True}, True),
-        (8192, {"is_causal": True}, False),
-        (8192, {"is_causal": True, "local_window_size": (100, 0)}, True),
+        (1024, {}, True),
+        (1022, {}, False),
+        (2048, {"is_causal": True}, True),
+        (1024, {"is_causal": True}, False),
+        (1024, {"is_causal": True, "local_window_size": (100, 0)}, True),
     ],
 )
 def test_a_ring_asks_by_its_chunks(monkeypatch, length, options, mosaic):
@@ -261,6 +261,12 @@ def test_chosen_tiles_fit(H):
 )
 def test_blocks_visit_several_tiles_where_no_multiprocessor_idles(num_heads, length, visits):
     assert choose(64, True, length, num_heads).visits == visits
+
+
+def test_under_a_causal_rule_blocks_visit_more_tiles_or_one():
+    assert choose(64, False, 4096, 128).visits == 8
+    assert choose(64, False, 512, 1024).visits == 4  # there are no more
+    assert choose(128, False, 4096, 64).visits == 1
 
 
 KERNELS = {

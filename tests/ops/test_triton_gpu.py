@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
+from rbf_jax.ops.mosaic.tiles import Tiles, override_tiles
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 from tests.ops import adversarial, cases, contract
@@ -141,9 +142,26 @@ def test_the_default():
     assert_same(rbf_attention(query, query, query), triton(query, query, query))
 
 
-@pytest.mark.skipif(
+on_hopper = pytest.mark.skipif(
     jax.devices()[0].compute_capability != "9.0", reason="Mosaic needs compute capability 9.0"
 )
+
+
+@on_hopper
+@pytest.mark.parametrize("causal", [True, False])
+def test_visits_change_no_bit(causal):
+    """A block of threads computes each of its tiles of queries as if it were the only one."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 1000, 4, 64), jnp.bfloat16)
+    attend = functools.partial(rbf_attention, is_causal=causal, return_residual=True)
+    found = []
+    for visits in (1, 3, 8):
+        with override_tiles(Tiles(visits=visits)):
+            found.append(jax.jit(functools.partial(attend, implementation="mosaic"))(q, k, v))
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
+
+
+@on_hopper
 def test_the_default_on_hopper():
     query = jax.random.normal(jax.random.key(0), (1, 4096, 2, 64), jnp.bfloat16)
     default = functools.partial(rbf_attention, is_causal=True)

@@ -36,7 +36,7 @@ _DETERMINISTIC = re.compile(
     r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=(true|1))?(\s|$)", re.IGNORECASE
 )
 # The shortest sequences that were measured.
-_MEASURED_FROM = 4096
+_MEASURED_FROM = 512
 # A TMA load of swizzled tiles needs lengths that are multiples of 8.
 _ALIGNMENT = 8
 

@@ -158,9 +158,11 @@ def choose(
 
 def _most_visits(head_dim: int, plain: bool, length: int) -> int:
     """What was the fastest where there are tiles enough for all multiprocessors."""
+    if length > 4096 or head_dim == 256:
+        return 1
     if head_dim == 64:
-        return 4 if length <= (4096 if plain else 1024) else 1
-    return 2 if head_dim == 128 and plain and length <= 4096 else 1
+        return 4 if plain else 8
+    return 2 if plain else 1
 
 
 def choose_backward(head_dim: int, *, two_kernels: bool = False) -> Tiles:
