@@ -17,7 +17,8 @@ from rbf_jax.analysis.style import PALETTE, STYLE, LineStyle
 # everywhere, and their implementations shades of that, in no colour of another variant.
 STYLES: Mapping[str, LineStyle] = {
     "dot product, cuDNN": PALETTE["dot product"],
-    "RBF triton": PALETTE["RBF"],
+    "RBF mosaic": PALETTE["RBF"],
+    "RBF triton": LineStyle("#2b5c99", (0, (1, 1.2)), "h", ""),
     "RBF cudnn": LineStyle("#5b9bd5", (0, (7, 1.5)), "d", ""),
     "RBF xla": LineStyle("#2171b5", (0, (6, 1.5, 1, 1.5)), "<", ""),
     "RBF FlexAttention": LineStyle("#8fbfe0", (0, (3, 1.3, 1, 1.3)), "p", ""),

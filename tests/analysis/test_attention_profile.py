@@ -1,6 +1,6 @@
 import pytest
 
-from experiments.benchmarks.contenders import BASELINE, TRITON
+from experiments.benchmarks.contenders import BASELINE, MOSAIC, TRITON
 from rbf_jax.analysis.attention_profile import STYLES, profile_figure
 from rbf_jax.analysis.report import save_figure
 from rbf_jax.analysis.style import PALETTE
@@ -45,9 +45,9 @@ def test_the_legend_names_all_once_and_styles_differ_without_colour(content):
 
 
 def test_no_implementation_has_the_colour_or_marker_of_another_variant():
-    assert STYLES[TRITON] == PALETTE["RBF"]
+    assert STYLES[MOSAIC] == PALETTE["RBF"]
     assert STYLES[BASELINE] == PALETTE["dot product"]
-    others = [style for name, style in STYLES.items() if name not in (TRITON, BASELINE)]
+    others = [style for name, style in STYLES.items() if name not in (MOSAIC, BASELINE)]
     for part in ("color", "marker"):
         taken = {getattr(style, part) for style in PALETTE.values()}
         assert not taken & {getattr(style, part) for style in others}

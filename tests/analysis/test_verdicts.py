@@ -37,12 +37,13 @@ MEMORY = {
     ]
 }
 PROFILE = {
+    "device": "GPU",
     "results": [
         *(row("dot product, cuDNN", T, 1.0) for T in (1024, 4096)),
         *(row("RBF xla", T, 12.0, 80.0) for T in (1024, 4096)),
         *(row("RBF cudnn", T, 1.8, 40.0) for T in (1024, 4096)),
         *(row("RBF triton", T, 1.2) for T in (1024, 4096)),
-    ]
+    ],
 }
 REGISTERS = {
     "base": {

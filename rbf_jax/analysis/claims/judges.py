@@ -30,8 +30,8 @@ TRAINING = Path("docs/measurements/bench_training_gpu.json")
 CPU = Path("docs/measurements/bench_attention_cpu.json")
 # The fastest RBF beside cuDNN's dot product, causal and full.
 HOPPER = (
-    Path("docs/measurements/bench_attention_hopper_64.json"),
-    Path("docs/measurements/bench_attention_hopper_128.json"),
+    Path("docs/measurements/bench_attention_h200_64.json"),
+    Path("docs/measurements/bench_attention_h200_128.json"),
 )
 
 Numbers = Mapping[str, Any]
@@ -67,8 +67,9 @@ def reformulated(memory: Numbers, profile: Numbers) -> tuple[str, str]:
     cpu = _ratios(json.loads(CPU.read_text())["results"], "rbf xla", "dot, jax.nn xla")
     text = (
         f"memory grows as T^{exponent:.2f}; by XLA alone it takes {_range(gpu)} times as long as "
-        f"cuDNN's dot product on an H100, and {_range(cpu)} times as long as jax.nn's on a CPU "
-        f"(forward + backward, causal); fused in the Mosaic kernels {_hopper_text()}"
+        f"cuDNN's dot product on an {profile['device']}, and {_range(cpu)} times as long as "
+        "jax.nn's on a CPU (forward + backward, causal); fused in the Mosaic kernels "
+        f"{_hopper_text()}"
     )
     slower = [rules.exceeds(times, 1.0) for times in (gpu, cpu, _hopper("forward+backward"))]
     return text, rules.verdict([exponent < 1.1, *slower])

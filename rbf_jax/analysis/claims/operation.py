@@ -12,8 +12,8 @@ from rbf_jax.analysis.attention_profile import STYLES, profile_figure
 from rbf_jax.analysis.claims.panels import figure, legend_above, styled
 from rbf_jax.analysis.style import PALETTE
 
-PROFILE = Path("docs/measurements/bench_attention_gpu.json")
-MEMORY = Path("docs/measurements/bench_attention_gpu_memory.json")
+# Times at H 64, and memory.
+PROFILE = Path("docs/measurements/bench_attention_h200_64.json")
 # On a GPU, else on a CPU.
 LAYER = (
     Path("docs/measurements/bench_layer_gpu.json"),
@@ -34,9 +34,9 @@ _LAYERS = {
 def profile(_: Any) -> tuple[Figure, dict[str, Any]]:
     """Time and memory of the operation against T."""
     content = json.loads(PROFILE.read_text())
-    content["memory"] = json.loads(MEMORY.read_text())["memory"]
     rows = [r for r in content["results"] if r["head_dim"] == 64 and r["causal"]]
-    return profile_figure(content), {"file": str(PROFILE), "results": rows}
+    numbers = {"file": str(PROFILE), "device": content["device"], "results": rows}
+    return profile_figure(content), numbers
 
 
 def layer() -> tuple[Path, dict[str, Any]]:
@@ -112,14 +112,16 @@ def layer_profile(_: Any) -> tuple[Figure, dict[str, Any]]:
 @styled
 def memory(_: Any) -> tuple[Figure, dict[str, Any]]:
     """Memory of forward + backward against T, and where each runs out."""
-    content = json.loads(MEMORY.read_text())
+    content = json.loads(PROFILE.read_text())
     made, axes = figure(1, 1, width=5.4, height=3.4)
     axis = axes[0, 0]
     limit = max(row["bytes_limit"] for row in content["memory"] if row["bytes_limit"])
     labels = {
         "RBF reference": "RBF, naive",
         "dot product, jax.nn xla": "dot product, jax.nn xla",
+        "dot product, cuDNN": "dot product, cuDNN",
         "RBF xla": "RBF, reformulated (xla)",
+        "RBF mosaic": "RBF, fused (mosaic)",
         "RBF triton": "RBF, fused (triton)",
     }
     for name, label in labels.items():
@@ -166,4 +168,4 @@ def memory(_: Any) -> tuple[Figure, dict[str, Any]]:
         f"B 1, N 8, H 64, bfloat16, causal; {content['device']}, {content['date'][:10]}",
         fontsize=6.5,
     )
-    return made, {"file": str(MEMORY), "memory": content["memory"]}
+    return made, {"file": str(PROFILE), "memory": content["memory"]}

@@ -35,8 +35,8 @@ _JAX_VERSIONS = ("0.10.2", "0.11.2")
 _DETERMINISTIC = re.compile(
     r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=(true|1))?(\s|$)", re.IGNORECASE
 )
-# The shortest sequences that were measured.
-_MEASURED_FROM = 512
+# The shortest sequences that were measured, in tokens.
+_MEASURED_FROM = {"bfloat16": 512, "float16": 4096}
 # A TMA load of swizzled tiles needs lengths that are multiples of 8.
 _ALIGNMENT = 8
 
@@ -67,8 +67,10 @@ def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | Non
 
 def is_faster_than_triton(inputs: Inputs, num_queries: int, num_keys: int) -> bool:
     """Whether calls like this one were measured to be, with so many at once (docs/kernels.md)."""
-    measured = inputs.query.dtype == jnp.bfloat16 and inputs.query.shape[-1] in (64, 128)
-    return measured and min(num_queries, num_keys) >= _MEASURED_FROM
+    shortest = _MEASURED_FROM.get(inputs.query.dtype.name)
+    if shortest is None or inputs.query.shape[-1] not in (64, 128):
+        return False
+    return min(num_queries, num_keys) >= shortest
 
 
 @dataclasses.dataclass(frozen=True)
