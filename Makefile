@@ -32,6 +32,8 @@ figures: setup
 	$(BIN)/python -m experiments.figures --figure=all --scale=paper --kept --out=docs/figures/results
 	$(BIN)/python -m experiments.figures --figure=loss_curves,key_norms --scale=paper --kept \
 		--records=docs/measurements/experiments/wikitext --out=docs/figures/wikitext
+	$(BIN)/python -m experiments.figures --figure=loss_curves,key_norms --scale=paper --kept \
+		--records=docs/measurements/experiments/again --out=docs/figures/again
 
 check: setup
 	$(BIN)/ruff format --check .

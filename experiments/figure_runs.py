@@ -96,8 +96,8 @@ class Experiment:
     ) -> dict[str, str]:
         """Trains variants; returns the reasons of those that failed, by name.
 
-        While one is trained the next are compiled, each in a thread; if `alone` all are before the
-        first is trained, and their records say so.
+        While one is trained the next are compiled, each in a thread; if `alone` all are, and all
+        batches are made, before the first is trained, and their records say so.
 
         Raises:
           TrainingStopped: a signal came; the same call goes on.
@@ -158,6 +158,8 @@ class Experiment:
         )
         if alone:
             futures.wait([prepared for _, prepared in pending])
+            for read in texts.values():
+                read.make_all()
         while pending:
             yield pending.popleft()  # Programs take memory: none is held that has run.
 

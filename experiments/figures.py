@@ -11,9 +11,9 @@ A variant is trained with all its seeds at once (rbf_jax/training/ensemble.py), 
 its record, DIR/records/VARIANT.jsonl.xz, is all that is drawn from. A record of the same
 configuration in --records (docs/measurements/experiments/SCALE) is as good. Interrupted or killed,
 the same command goes on. --kept trains nothing and draws from --records alone, whatever data it was
-made with. --alone compiles all variants before the first is trained: slower, and takes more memory,
-but seconds of training mean something, and are drawn. Writes DIR/NAME.png, NAME.svg and NAME.json
-(the numbers), and DIR/report.md; DIR is runs/figures/SCALE.
+made with. --alone compiles all variants and makes all batches before the first is trained: slower,
+and takes more memory, but seconds of training mean something, and are drawn. Writes DIR/NAME.png,
+NAME.svg and NAME.json (the numbers), and DIR/report.md; DIR is runs/figures/SCALE.
 
 Hardware: --scale=smoke and small: a CPU; paper: a GPU.
 

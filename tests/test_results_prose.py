@@ -103,8 +103,45 @@ def key_norms(name):
     return [min(registers), max(registers), min(medians), max(medians)]
 
 
+def pace(*names):
+    """Seconds of 100 steps of all seeds, behind the first 100."""
+    spent = [record(name, "again").valid["seconds"] for name in names]
+    return [(seconds[-1] - seconds[0]) / 19 for seconds in spent]
+
+
+def hopper(direction, lengths):
+    """The least and the largest time of the Mosaic kernels over cuDNN's dot product."""
+    ratios = []
+    for H in (64, 128):
+        path = REPOSITORY / f"docs/measurements/bench_attention_h200_{H}.json"
+        times = {
+            (r["implementation"], r["length"], r["causal"]): r["milliseconds"]
+            for r in json.loads(path.read_text())["results"]
+            if r["direction"] == direction and r["length"] in lengths
+        }
+        ratios += [
+            milliseconds / times["dot product, cuDNN", *cell]
+            for (name, *cell), milliseconds in times.items()
+            if name == "RBF mosaic"
+        ]
+    assert len(ratios) == 4 * len(lengths)
+    return [min(ratios), max(ratios)]
+
+
 HIGH_RATE = "final_learning_rate=0.0001,learning_rate=0.01"
 SENTENCES = {
+    "With RoPE 100 steps of four seeds take {} s for RBF and {} s for the dot product, "
+    "with QK-norm and SuSiE {} s and {} s": lambda: pace(
+        "positions=rope", "kind=dot,positions=rope", "qk_norm=True", NORMED
+    ),
+    "the reformulation takes {} to {} of the dot product's time forward and {} to {} "
+    "forward + backward at T ≥ 4,096": lambda: [
+        *hopper("forward", (4096, 16_384)),
+        *hopper("forward+backward", (4096, 16_384)),
+    ],
+    "forward + backward at T ≥ 4,096 takes {} to {} of the time of cuDNN's": lambda: hopper(
+        "forward+backward", (4096, 16_384)
+    ),
     "Without a register RBF's loss is {} nats higher [{}, {}]": lambda: figure(
         "registers", NO_REGISTER, "final_difference"
     ),

@@ -76,6 +76,12 @@ class Texts:
         """Of the first seed."""
         return next(iter(self.data.values()))
 
+    def make_all(self) -> None:
+        """Makes all batches of a run now, so that not the first run alone waits for them."""
+        train = self._config.train
+        for _ in itertools.islice(self.steps_from(0), -(-train.steps // train.log_every)):
+            pass
+
     def steps_from(self, step: int) -> Iterator[Batch]:
         """Yields the batches of train.log_every steps at a time, from behind `step` on."""
         train = self._config.train

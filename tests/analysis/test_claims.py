@@ -201,11 +201,19 @@ def test_times_are_drawn_of_those_that_had_the_machine_alone(tmp_path):
     made, _ = claim.draw(list(records.values()))
     assert "time" not in {axis.get_label() for axis in made.axes}
     assert "not measured" in made.get_supxlabel()
-    records["base"].summary["timed_alone"] = True
-    made, _ = claim.draw(list(records.values()))
-    (panel,) = (axis for axis in made.axes if axis.get_label() == "time")
-    (line,) = panel.lines
-    assert list(line.get_xdata()) == list(records["base"].valid["seconds"])
+    for names, positions in (
+        (("positions=rope", "kind=dot,positions=rope"), "RoPE"),
+        (("base",), "RoPE"),  # not without the dot product beside
+        (("kind=dot",), "SuSiE"),
+    ):
+        for name in names:
+            records[name].summary["timed_alone"] = True
+        made, numbers = claim.draw(list(records.values()))
+        (panel,) = (axis for axis in made.axes if axis.get_label() == "time")
+        assert panel.get_title("left") == f"By time, {positions} for all"
+        assert len(panel.lines) == len(numbers["seconds"]) == 2
+    assert list(panel.lines[0].get_xdata()) == list(records["base"].valid["seconds"])
+    assert numbers["seconds"].keys() == {"base", "kind=dot"}
     assert "not measured" not in made.get_supxlabel()
 
 

@@ -134,6 +134,15 @@ def test_a_diverged_member_leaves_the_others_alone(config, ensemble, tmp_path):
     assert member["best_valid_loss"] is None
 
 
+def test_all_batches_are_made_once(config, tmp_path):
+    texts = Texts.read(config, SEEDS, tmp_path)
+    texts.make_all()
+    made = list(texts.chunks)
+    assert len(made) * config.train.log_every == config.train.steps
+    for chunk, again in zip(made, texts.steps_from(0)):
+        assert again is chunk
+
+
 def test_steps_must_come_in_chunks(config, ensemble):
     _, texts, _ = ensemble
     odd = config.copy_and_resolve_references()

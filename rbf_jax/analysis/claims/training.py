@@ -31,7 +31,7 @@ from rbf_jax.analysis.records import Record
 def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     """Loss by step and by time, whole and less the dot product's; differences, all else equal."""
     same = where(records, positions="susie", register_init="zero")
-    timed = [r for r in same if r.summary.get("timed_alone")]
+    timed_positions, timed = _timed(records)
     made = Figure(figsize=(7.2, 7.4), layout="constrained")
     axes = made.subplot_mosaic(
         [
@@ -54,7 +54,10 @@ def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             seconds = record.valid["seconds"]
             band(axes["time"], seconds, record.valid["loss"], line_style(record), "")
         _leave_out_the_fall(axes["time"], [r.valid["loss"] for r in timed])
-        axes["time"].set(title="Validation by time", xlabel="seconds of training, all seeds")
+        axes["time"].set(
+            title=f"By time, {panels.POSITIONS[timed_positions]} for all",
+            xlabel="seconds of training, all seeds",
+        )
     else:
         text = "By time: not measured, other programs ran beside; --alone measures it."
         made.supxlabel(text, fontsize=6.5)
@@ -82,7 +85,9 @@ def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             **panels.result_numbers([record], reference)[record.name],
             "log_gradient_norm": paired.as_numbers(paired.estimate(mean - other)),
         }
-    return made, {"differences": numbers, "records": panels.result_numbers(records, None)}
+    spent = {r.name: float(r.valid["seconds"][-1]) for r in timed}
+    results = panels.result_numbers(records, None)
+    return made, {"differences": numbers, "records": results, "seconds": spent}
 
 
 @styled
@@ -242,6 +247,16 @@ def _label(record: Record) -> str:
     start = record.config["model"]["register_init"]
     suffix = "" if start == "zero" else ", random register"
     return f"{kind(record)}, {panels.positions(record)}{suffix}"
+
+
+def _timed(records: Sequence[Record]) -> tuple[str, list[Record]]:
+    """Those that had the machine alone, of positions for which RBF and the dot product did."""
+    alone = where([r for r in records if r.summary.get("timed_alone")], register_init="zero")
+    for positions in ("susie", "rope"):
+        group = where(alone, positions=positions)
+        if _usual_dot(group, positions) and the(group, kind="rbf", qk_norm=False):
+            return positions, group
+    return "", []
 
 
 def _usual_dot(records: Sequence[Record], positions: str) -> Record | None:
