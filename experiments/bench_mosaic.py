@@ -1,13 +1,13 @@
 """Forward times of RBF attention's Mosaic GPU kernel by its tiles, beside cuDNN and Triton.
 
     python -m experiments.bench_mosaic [--head_dims=64,128,256] [--lengths=8192]
-        [--dtype=bfloat16]
+        [--dtype=bfloat16] [--out=FILE.json]
 
 At B·T = 16,384 and N·H = 2,048, causal and full. All of a cell take turns round by round on the
 same random arrays; a time is the median over the rounds, by the GPU's own clock where there is one
 (experiments/benchmarks/clock.py). A line gives the time, TFLOP/s, and the speed over that of
-cuDNN's dot product; tiles whose results are not those of "xla" are named so. The best tiles belong
-into `rbf_jax.ops.mosaic.tiles.choose`.
+cuDNN's dot product; tiles whose results are not those of "xla" are named so. The file has the
+medians, written after each cell. The best tiles belong into `rbf_jax.ops.mosaic.tiles.choose`.
 
 Hardware: a GPU of compute capability 9.0 that nothing else runs on. Exit status: 0 measured; 2
 wrong command or no such GPU.
@@ -18,10 +18,12 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,7 +31,9 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.clock import Call, Clock, one_line
 from experiments.benchmarks.contenders import Cell, dot_product, rbf
-from experiments.benchmarks.options import lengths
+from experiments.benchmarks.options import json_file, lengths
+from rbf_jax import environment
+from rbf_jax.data.files import write_text
 from rbf_jax.ops import nvidia
 from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, override_tiles
 from rbf_jax.ops.triton import launch
@@ -56,8 +60,8 @@ def candidates(head_dim: int) -> Iterator[Tiles]:
             yield tiles
 
 
-def measure(cell: Cell, clock: Clock, say: Callable[[str], None]) -> None:
-    """Compiles, compares and times all of a cell, the fastest first."""
+def measure(cell: Cell, clock: Clock, say: Callable[[str], None]) -> dict[str, float]:
+    """Compiles, compares and times all of a cell; returns the medians in ms, the fastest first."""
     q, k, v = cell.arrays()[:3]
     contenders: dict[str, Any] = {
         "cuDNN dot product": jax.jit(dot_product(cell, "cudnn")),
@@ -88,10 +92,12 @@ def measure(cell: Cell, clock: Clock, say: Callable[[str], None]) -> None:
             call = Call(functools.partial(programs[name], q, k, v), jax.block_until_ready)
             found.append(clock.measure(call, clock.times_for(call, QUEUE_MILLISECONDS)).device)
     medians = {name: statistics.median(found) for name, found in times.items()}
-    for name, ms in sorted(medians.items(), key=lambda item: item[1]):
+    medians = dict(sorted(medians.items(), key=lambda item: item[1]))
+    for name, ms in medians.items():
         speed = 1e-9 * cell.operations(backward=False) / ms
         ratio = medians.get("cuDNN dot product", float("nan")) / ms
         say(f"{ms:8.3f} ms {speed:5.0f} TFLOP/s {ratio:5.2f} {name}")
+    return medians
 
 
 def _with_tiles(cell: Cell, tiles: Tiles) -> Any:
@@ -110,6 +116,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--head_dims", type=lengths, default=list(HEAD_DIMS))
     parser.add_argument("--lengths", type=lengths, default=[8192])
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--out", type=json_file, default="runs/bench_mosaic.json")
     options = parser.parse_args(argv[1:])
     problem = launch.unavailable()
     if problem is None and nvidia.target().compute_capability != 90:
@@ -118,10 +125,20 @@ def main(argv: Sequence[str]) -> int:
         print(f"bench_mosaic {problem}.", file=sys.stderr)
         return 2
     clock = Clock()
+    content: dict[str, Any] = {
+        "command": " ".join(["python -m experiments.bench_mosaic", *argv[1:]]),
+        **environment.describe(),
+        "dtype": options.dtype,
+        "cells": [],
+    }
     for H, T, causal in itertools.product(options.head_dims, options.lengths, (False, True)):
         print(f"H {H} T {T} {'causal' if causal else 'full'} {options.dtype}, by {clock.name}")
         cell = Cell(max(1, TOKENS // T), T, max(1, WIDTH // H), H, causal, dtype=options.dtype)
-        measure(cell, clock, lambda line: print(line, flush=True))
+        medians = measure(cell, clock, lambda line: print(line, flush=True))
+        content["cells"].append(
+            {"head_dim": H, "length": T, "causal": causal, "milliseconds": medians}
+        )
+        write_text(Path(options.out), json.dumps(content, indent=1) + "\n")
     return 0
 
 

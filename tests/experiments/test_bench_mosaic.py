@@ -1,18 +1,24 @@
 """The sweep of the Mosaic kernel's tiles, with "xla" in the place of what needs a GPU."""
 
+import itertools
+import json
 import re
 
+import jax
 import pytest
 
 from experiments import bench_mosaic as program
 from experiments.benchmarks.clock import Clock
 from experiments.benchmarks.contenders import Cell, rbf
+from rbf_jax.ops import nvidia
 from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, overridden
 
 
 @pytest.mark.parametrize("H", HEAD_DIMS)
 def test_candidates_have_the_default(H):
-    assert {choose(H, True), choose(H, False)} <= set(program.candidates(H))
+    cells = itertools.product((False, True), (512, 1024, 4096, 16384))
+    chosen = {choose(H, plain, T, 2**21 // (H * T) * 16) for plain, T in cells}
+    assert chosen <= set(program.candidates(H))
 
 
 def test_measure(monkeypatch):
@@ -31,11 +37,27 @@ def test_measure(monkeypatch):
     monkeypatch.setattr(program, "candidates", lambda _: [Tiles(), wrong])
     monkeypatch.setattr(program, "QUEUE_MILLISECONDS", 0.1)
     lines = []
-    program.measure(cell, Clock(), lines.append)
+    medians = program.measure(cell, Clock(), lines.append)
     assert lines[0] == f"{wrong}: wrong by 1 of the largest output"
     pattern = r" +[0-9.]+ ms +[0-9]+ TFLOP/s +[0-9.]+ (.*)"
     names = {re.fullmatch(pattern, line)[1] for line in lines[1:]}
-    assert names == {"cuDNN dot product", "RBF triton", str(Tiles())}
+    assert names == medians.keys() == {"cuDNN dot product", "RBF triton", str(Tiles())}
+    assert list(medians.values()) == sorted(medians.values())
+
+
+def test_the_file_has_all_cells(monkeypatch, tmp_path):
+    monkeypatch.setattr(program.launch, "unavailable", lambda: None)
+    monkeypatch.setattr(program.nvidia, "target", lambda: nvidia.Target("GPU", 90))
+    monkeypatch.setattr(program, "measure", lambda cell, *_: {"all": float(cell.length)})
+    out = tmp_path / "times.json"
+    argv = ["bench_mosaic", "--head_dims=64", "--lengths=32,16", f"--out={out}"]
+    assert program.main(argv) == 0
+    content = json.loads(out.read_text())
+    found = [(c["length"], c["causal"], c["milliseconds"]["all"]) for c in content["cells"]]
+    assert sorted(found) == [(T, causal, T) for T in (16, 32) for causal in (False, True)]
+    assert content["command"].endswith(" ".join(argv[1:]))
+    assert content["device"]
+    assert content["versions"]["jax"] == jax.__version__
 
 
 def test_without_a_gpu(capsys):
