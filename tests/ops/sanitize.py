@@ -3,6 +3,9 @@
 python3 -m tests.ops.sanitize --tool=memcheck      (and racecheck, initcheck; Triton's kernels)
 python3 -m tests.ops.sanitize --tool=memcheck --implementation=mosaic
 
+Of Mosaic's that is the forward kernel with one tile of queries to a block, and the one backward
+kernel; with XLA_FLAGS=--xla_gpu_deterministic_ops=true the two of the backward pass instead.
+
 Every case is run in a process of its own: python3 -m tests.ops.sanitize CASE. Every array is an
 allocation of its own, no CUDA graph hides a launch, and XLA compares no programs of its own (which
 reads memory that nothing wrote). The sanitizer itself dies of a segmentation fault in some runs of

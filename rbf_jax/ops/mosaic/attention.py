@@ -66,7 +66,7 @@ def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | Non
 
 
 def is_faster_than_triton(inputs: Inputs, num_queries: int, num_keys: int) -> bool:
-    """Whether calls like this one were measured to be, with so many at once (docs/kernels.md)."""
+    """Whether calls of such sizes were measured to be, with so many at once (docs/speed.md)."""
     shortest = _MEASURED_FROM.get(inputs.query.dtype.name)
     if shortest is None or inputs.query.shape[-1] not in (64, 128):
         return False

@@ -138,7 +138,8 @@ def choose(
 
     Args:
       head_dim: one of `HEAD_DIMS`.
-      plain: no rule cuts blocks of keys, and there is no running maximum: a step may be longer.
+      plain: neither causality nor a window cuts blocks of keys, and there is no running maximum: a
+        step may be longer.
       length: T.
       num_heads: B·N.
       num_multiprocessors: of the GPU; each holds one block of threads.
@@ -157,7 +158,10 @@ def choose(
 
 
 def _most_visits(head_dim: int, plain: bool, length: int) -> int:
-    """What was the fastest where there are tiles enough for all multiprocessors."""
+    """The fastest, or within 4 % of it, where all multiprocessors have tiles (docs/kernels.md).
+
+    Windows and online softmax were not measured: they go by causality.
+    """
     if length > 4096 or head_dim == 256:
         return 1
     if head_dim == 64:
