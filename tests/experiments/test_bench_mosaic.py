@@ -17,7 +17,7 @@ from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, overridden
 @pytest.mark.parametrize("H", HEAD_DIMS)
 def test_candidates_have_the_default(H):
     cells = itertools.product((False, True), (512, 1024, 4096, 16384))
-    chosen = {choose(H, plain, T, 2**21 // (H * T) * 16) for plain, T in cells}
+    chosen = {choose(H, plain, T, 2**25 // (H * T)) for plain, T in cells}
     assert chosen <= set(program.candidates(H))
 
 

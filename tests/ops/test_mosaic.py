@@ -140,6 +140,7 @@ def test_backward_under_the_deterministic_flag(monkeypatch, flags, calls):
         ({"H": 80}, 0),
         ({"dtype": jnp.float16}, 0),
         ({"dtype": jnp.float16, "length": 4096}, 1),
+        ({"dtype": jnp.float16, "length": 4095}, 0),
         ({"dtype": jnp.float32, "length": 4096}, 0),
         ({"length": 511}, 0),
     ],
