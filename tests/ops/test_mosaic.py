@@ -136,6 +136,7 @@ def test_backward_under_the_deterministic_flag(monkeypatch, flags, calls):
         ({}, 1),
         ({"H": 128, "version": "0.10.2", "is_causal": True}, 1),
         ({"version": "0.11.3"}, 0),
+        ({"version": "0.12.0.1"}, 0),
         ({"mask": jnp.ones((1, 1, 1, 512), bool)}, 0),
         ({"H": 80}, 0),
         ({"dtype": jnp.float16}, 0),
@@ -312,6 +313,11 @@ def test_it_needs_no_triton():
     folder = "tests/ops/without_triton"
     assert own_process.all_files(folder) == {"mosaic.py"}
     own_process.run(f"{folder}/mosaic.py", {"JAX_PLATFORMS": "cpu"})
+
+
+def test_a_version_that_only_lowered_is_there_for_who_asks(monkeypatch):
+    monkeypatch.setattr(jax, "__version__", "0.12.0.1")
+    assert len(CALL.findall(_program(lambda *x: _attend(*x), *_shapes()))) == 1
 
 
 def test_versions_hold_the_one_that_is_tested():

@@ -31,7 +31,9 @@ from rbf_jax.ops.varying import varies, vary_together
 from rbf_jax.ops.vjp import Gradients, Passes, Residuals, with_custom_vjp
 
 # Mosaic GPU changes with every version of jax: those that the kernels are written for.
-_JAX_VERSIONS = ("0.10.2", "0.11.2")
+_JAX_VERSIONS = ("0.10.2", "0.11.2", "0.12.0.1")
+# With these nothing but the lowering was tried: never taken unasked.
+_ONLY_LOWERED = ("0.12.0.1",)
 _DETERMINISTIC = re.compile(
     r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=(true|1))?(\s|$)", re.IGNORECASE
 )
@@ -67,6 +69,8 @@ def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | Non
 
 def is_faster_than_triton(inputs: Inputs, num_queries: int, num_keys: int) -> bool:
     """Whether calls of such sizes were measured to be, with so many at once (docs/speed.md)."""
+    if jax.__version__ in _ONLY_LOWERED:
+        return False
     shortest = _MEASURED_FROM.get(inputs.query.dtype.name)
     if shortest is None or inputs.query.shape[-1] not in (64, 128):
         return False

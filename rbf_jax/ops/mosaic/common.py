@@ -15,9 +15,8 @@ from rbf_jax.ops.kernel_calls import CommonRules
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a tile of logits
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-_LOAD_WANTS_AN_INDEX = (
-    inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
-)
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_LOAD_WANTS_AN_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ def kernel(body, results, memory: NamedTuple, grid: tuple[int, int, int], consum
 
 
 def load(ref, layout) -> jax.Array:
-    """All of a reference; jax 0.10.2 wants an index, 0.11.2 does not."""
+    """All of a reference; jax 0.10.2 wants an index, later ones do not."""
     whole = ((),) if _LOAD_WANTS_AN_INDEX else ()
     return plgpu.load(ref, *whole, layout=layout)
 
