@@ -30,7 +30,7 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from experiments.benchmarks.clock import MEANING, one_line
-from experiments.benchmarks.options import json_file, positive
+from experiments.benchmarks.options import command_line, json_file, positive
 from experiments.benchmarks.tile_timing import LENGTHS, Job, Outcome, Winner, do, start_worker
 from rbf_jax import environment
 from rbf_jax.data.files import write_text
@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> int:
     if problem is not None:
         print(f"autotune {problem}.", file=sys.stderr)
         return 2
-    command = " ".join(["python -m experiments.autotune", *argv[1:]])
+    command = command_line("autotune", argv)
     tune(options, command, lambda line: print(line, flush=True))
     return 0
 

@@ -38,7 +38,7 @@ from rich.table import Table
 
 from experiments.benchmarks import gpu_command
 from experiments.benchmarks.contenders import forward_and_backward, memory
-from experiments.benchmarks.options import json_file, lengths, positive
+from experiments.benchmarks.options import command_line, json_file, lengths, positive
 from rbf_jax import environment, rbf_attention
 from rbf_jax.data.files import write_text
 
@@ -183,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
         "rounds": options.rounds,
     }
     about = {
-        "command": "python -m experiments.bench_attention " + " ".join(argv[1:]),
+        "command": command_line("bench_attention", argv),
         **environment.describe(),
         **settings,
     }

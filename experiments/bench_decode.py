@@ -33,7 +33,7 @@ from experiments.benchmarks import decode_cells as cells
 from experiments.benchmarks import decode_sweep
 from experiments.benchmarks.clock import Clock
 from experiments.benchmarks.decode_cells import COPY, CUDNN, TRITON, XLA, Cell
-from experiments.benchmarks.options import json_file, lengths, positive
+from experiments.benchmarks.options import command_line, json_file, lengths, positive
 from rbf_jax import environment
 from rbf_jax.data.files import write_text
 from rbf_jax.ops.triton import launch
@@ -151,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     clock, out = Clock(), Path(options.out)
     content: dict[str, Any] = {
-        "command": " ".join(["python -m experiments.bench_decode", *argv[1:]]),
+        "command": command_line("bench_decode", argv),
         **environment.describe(),
         "clock": clock.describe(),
         "settings": {"head_dim": options.head_dim, "rounds": options.rounds},

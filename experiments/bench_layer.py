@@ -32,7 +32,7 @@ from rich.table import Table
 
 from experiments.benchmarks.clock import Call, Clock
 from experiments.benchmarks.contenders import memory
-from experiments.benchmarks.options import json_file, lengths, positive
+from experiments.benchmarks.options import command_line, json_file, lengths, positive
 from rbf_jax import environment
 from rbf_jax.data.files import write_text
 from rbf_jax.nn import AttentionConfig, TransformerConfig
@@ -143,7 +143,7 @@ def main(argv: Sequence[str]) -> int:
         "dtype": options.dtype,
     }
     content: dict[str, Any] = {
-        "command": "python -m experiments.bench_layer " + " ".join(argv[1:]),
+        "command": command_line("bench_layer", argv),
         **environment.describe(),
         "clock": clock.describe(),
         "settings": settings,

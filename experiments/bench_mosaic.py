@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.clock import Call, Clock, one_line
 from experiments.benchmarks.contenders import Cell, dot_product, rbf
-from experiments.benchmarks.options import json_file, lengths
+from experiments.benchmarks.options import command_line, json_file, lengths
 from rbf_jax import environment
 from rbf_jax.data.files import write_text
 from rbf_jax.ops import nvidia
@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     clock = Clock()
     content: dict[str, Any] = {
-        "command": " ".join(["python -m experiments.bench_mosaic", *argv[1:]]),
+        "command": command_line("bench_mosaic", argv),
         **environment.describe(),
         "dtype": options.dtype,
         "cells": [],

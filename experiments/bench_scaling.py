@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import bench_training, config_files
-from experiments.benchmarks.options import json_file, lengths, positive
+from experiments.benchmarks.options import command_line, json_file, lengths, positive
 from rbf_jax.data.files import write_text
 
 AXES = ("data", "fsdp", "tensor", "seq")
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         spec = f"--config={options.config}"
         config = config_files.parse([argv[0], spec, *overrides])[0]
         cases = all_cases(config, options.devices, options.meshes)
-        command = " ".join(["python -m experiments.bench_scaling", *argv[1:]])
+        command = command_line("bench_scaling", argv)
         content = {"command": command, "config": config.to_dict(), **_settings(options)}
         for content["results"] in measure(config, cases, options):
             write_text(Path(options.out), json.dumps(content, indent=1) + "\n")

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import config_files
-from experiments.benchmarks.options import json_file, positive
+from experiments.benchmarks.options import command_line, json_file, positive
 from rbf_jax.data.files import write_text
 
 LAYOUTS = ("packed", "padded")
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _report(argv: Sequence[str], options: argparse.Namespace, content: dict[str, Any]) -> int:
-    content = {"command": " ".join(["python -m experiments.bench_training", *argv[1:]]), **content}
+    content = {"command": command_line("bench_training", argv), **content}
     write_text(Path(options.out), json.dumps(content, indent=1) + "\n")
     print(describe_packing(content) if options.packing else describe(content))
     print(f"written to {options.out}")

@@ -35,6 +35,7 @@ from absl import flags
 
 from configs.figures import scales
 from experiments import config_files
+from experiments.benchmarks.options import command_line
 
 
 def main(argv: Sequence[str]) -> int:
@@ -117,7 +118,7 @@ def _run(base: Any, scale: str, options: flags.FlagValues) -> int:
             return _fail(str(error), 128 + error.signal)
     find = experiment.find_kept if options.kept else experiment.find
     found = {v.name: record for v in every if (record := find(v)) is not None}
-    command = " ".join(["python -m experiments.figures", *sys.argv[1:]])
+    command = command_line("figures", sys.argv)
     undrawn = claims.write(figures, needed, found, failed, out, command)
     for name, reason in failed.items():
         print(f"figures: {name} failed: {reason}", file=sys.stderr)

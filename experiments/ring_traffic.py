@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.benchmarks.options import json_file, lengths
+from experiments.benchmarks.options import command_line, json_file, lengths
 from rbf_jax.data.files import write_text
 
 _ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1}
@@ -235,7 +235,7 @@ def main(argv: Sequence[str]) -> int:
     from rbf_jax import environment
 
     result = {
-        "command": "python -m experiments.ring_traffic " + " ".join(argv[1:]),
+        "command": command_line("ring_traffic", argv),
         **environment.describe(),
         "layer": dataclasses.asdict(layer),
         "tflops": given.tflops,

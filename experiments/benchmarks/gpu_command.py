@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from experiments.benchmarks import gpu_suite, report
-from experiments.benchmarks.options import json_file, lengths, positive
+from experiments.benchmarks.options import command_line, json_file, lengths, positive
 from rbf_jax.data.files import write_text
 
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         dtype=options.dtype,
         without=tuple(options.without),
     )
-    command = " ".join(["python -m experiments.bench_attention", *argv[1:]])
+    command = command_line("bench_attention", argv)
     measure(settings, command, Path(options.out))
     return 0
 

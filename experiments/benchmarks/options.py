@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Sequence
+
+
+def command_line(program: str, argv: Sequence[str]) -> str:
+    """What runs a program of `experiments` again, as a shell reads it."""
+    return shlex.join(["python", "-m", f"experiments.{program}", *argv[1:]])
 
 
 def positive(text: str) -> int:
