@@ -57,6 +57,7 @@ GPU_PYTHON ?= $(BIN)/python
 # GPU_PYTEST="-n 8" shares the work where pytest-xdist is ("-p no:benchmark" if pytest-benchmark is).
 GPU_PYTEST ?=
 test-gpu:
+	@JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu" and "make test-gpu needs an NVIDIA GPU, and JAX sees only: " + jax.default_backend())'
 	XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_autotune_level=0" \
 	JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest tests/ops $(GPU_PYTEST) \
 		--ignore=tests/ops/test_triton_interpreted.py --ignore=tests/ops/test_mosaic_interpreted.py \

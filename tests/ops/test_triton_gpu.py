@@ -21,7 +21,7 @@ from rbf_jax import rbf_attention
 from rbf_jax.ops.mosaic.tiles import Tiles, override_tiles
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
-from tests.ops import adversarial, cases, contract
+from tests.ops import adversarial, cases, contract, random_cases
 
 if jax.default_backend() != "gpu":
     pytest.skip("needs an NVIDIA GPU: make test-gpu", allow_module_level=True)
@@ -159,6 +159,14 @@ def test_visits_change_no_bit(causal):
             found.append(jax.jit(functools.partial(attend, implementation="mosaic"))(q, k, v))
     assert_same(found[1], found[0])
     assert_same(found[2], found[0])
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    "seed", [seed for seed in random_cases.failed_seeds() if random_cases.takes("mosaic", seed)]
+)
+def test_random_cases_that_failed_once(seed):
+    assert not random_cases.violations(seed, implementation="mosaic")
 
 
 @on_hopper
