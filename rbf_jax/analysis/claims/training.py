@@ -52,11 +52,12 @@ def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     if timed:
         for record in timed:
             seconds = record.valid["seconds"]
-            band(axes["time"], seconds, record.valid["loss"], line_style(record), "")
+            # The first include what a process does once.
+            band(axes["time"], seconds - seconds[0], record.valid["loss"], line_style(record), "")
         _leave_out_the_fall(axes["time"], [r.valid["loss"] for r in timed])
         axes["time"].set(
             title=f"By time, {panels.POSITIONS[timed_positions]} for all",
-            xlabel="seconds of training, all seeds",
+            xlabel=f"seconds behind step {timed[0].valid['step'][0]}, all seeds",
         )
     else:
         text = "By time: not measured, other programs ran beside; --alone measures it."
@@ -85,7 +86,7 @@ def loss_curves(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             **panels.result_numbers([record], reference)[record.name],
             "log_gradient_norm": paired.as_numbers(paired.estimate(mean - other)),
         }
-    spent = {r.name: float(r.valid["seconds"][-1]) for r in timed}
+    spent = {r.name: float(np.ptp(r.valid["seconds"])) for r in timed}
     results = panels.result_numbers(records, None)
     return made, {"differences": numbers, "records": results, "seconds": spent}
 
