@@ -163,7 +163,7 @@ def memory(_: Any) -> tuple[Figure, dict[str, Any]]:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.set(title="Memory of forward + backward", xlabel="T = S", ylabel="temporaries, GiB")
-    axis.legend(fontsize=7)
+    legend_above(made, axis, columns=3)
     made.supxlabel(
         f"B 1, N 8, H 64, bfloat16, causal; {content['device']}, {content['date'][:10]}",
         fontsize=6.5,
