@@ -10,6 +10,7 @@ import numpy as np
 
 from rbf_jax import rbf_attention
 from rbf_jax.ops import cudnn
+from rbf_jax.ops.mosaic import tiles
 from rbf_jax.ops.types import Inputs, Options
 from tests.ops import oracle as oracle_lib
 from tests.ops.cases import Case, on_cpu
@@ -76,6 +77,16 @@ MOSAIC = Subject(
     bounded=("bfloat16",),
     prepare=TRITON.prepare,
 )
+
+
+def mosaic_tiles(head_dim, visits, two_kernels):
+    """Within it the forward kernel visits so many tiles, where they fit, and the backward is so."""
+    H = min(size for size in tiles.HEAD_DIMS if size >= head_dim)
+    forward = tiles.choose(H, False, 1, 1)
+    if H <= 128:
+        forward = dataclasses.replace(forward, visits=visits)
+    return tiles.override_tiles(forward, tiles.choose_backward(H, two_kernels=two_kernels))
+
 
 CUDNN_REFUSES = frozenset(
     {

@@ -13,7 +13,6 @@ runs again.
 import argparse
 import collections
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -117,14 +116,11 @@ def takes(implementation, seed):
 
 def mosaic_tiles(seed):
     """Mosaic's tiles, drawn too: a block visits one tile of queries or three; one kernel or two."""
-    from rbf_jax.ops.mosaic import tiles
+    from tests.ops import contract
 
-    static = static_choices(seed % NUM_STATIC)
-    H = min(size for size in tiles.HEAD_DIMS if size >= static["H"])
     random = np.random.default_rng([3, seed % NUM_STATIC])
-    visits, two_kernels = int(random.choice([1, 3])) if H <= 128 else 1, random.random() < 0.4
-    forward = dataclasses.replace(tiles.choose(H, False, LONGEST, 1), visits=visits)
-    return tiles.override_tiles(forward, tiles.choose_backward(H, two_kernels=two_kernels))
+    visits, two_kernels = int(random.choice([1, 3])), random.random() < 0.4
+    return contract.mosaic_tiles(static_choices(seed % NUM_STATIC)["H"], visits, two_kernels)
 
 
 def violations(seed, make_program=None, implementation="triton"):

@@ -21,7 +21,6 @@ os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"
 import argparse
 import collections
 import contextlib
-import dataclasses
 import functools
 import signal
 import subprocess
@@ -33,7 +32,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops.mosaic import tiles as mosaic_tiles
 from rbf_jax.ops.triton import launch
 from tests.ops import adversarial, cases, contract
 
@@ -68,16 +66,6 @@ def cases_of(implementation):
     return [case for case in CASES if not case.features & refused]
 
 
-def other_tiles(head_dim):
-    """Several tiles of queries to a block, and two backward kernels."""
-    H = min(size for size in mosaic_tiles.HEAD_DIMS if size >= head_dim)
-    forward = mosaic_tiles.choose(H, False, 4096, 1)
-    if H <= 128:
-        forward = dataclasses.replace(forward, visits=3)
-    backward = mosaic_tiles.choose_backward(H, two_kernels=True)
-    return mosaic_tiles.override_tiles(forward, backward)
-
-
 def run(implementation, name):
     """All kernels on one case; the last line says which of Triton's ran, and how often."""
     reason = launch.unavailable()
@@ -102,7 +90,8 @@ def run(implementation, name):
             return_residual=True,
             **case.resolved_options(),
         )
-        with other_tiles(q.shape[-1]) if others else contextlib.nullcontext():
+        head_dim = q.shape[-1]
+        with contract.mosaic_tiles(head_dim, 3, True) if others else contextlib.nullcontext():
             out, vjp = jax.vjp(attend, q, k, v)
             results = jax.block_until_ready((out, vjp((dout, dlogsumexp))))
         finite = all(np.isfinite(np.asarray(x, np.float32)).all() for x in results[1])
