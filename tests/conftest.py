@@ -1,30 +1,49 @@
-"""Strict mode for every test: CPU and two devices unless told otherwise, no silent promotion."""
+"""Strict mode for every test: CPU, no silent promotion; and what all tests of a run share."""
 
 import os
+import shutil
 import signal
+import tempfile
 
 # Set before jax is imported: `make test-gpu` says JAX_PLATFORMS=cuda,cpu.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-    )
+os.environ.setdefault("XLA_FLAGS", "")
+if "host_platform_device_count" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+# A thread for each warpgroup of an interpreted Mosaic kernel: with fewer they would deadlock.
+os.environ.setdefault("NPROC", "8")
 
-import jax
+# Tests and the processes they start compile a program once: all workers share this cache.
+_COMPILED = None
+if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _COMPILED = tempfile.mkdtemp(prefix="rbf-jax-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# A shell that starts pytest in the background has it, and all it starts, ignore Ctrl-C.
+# Training takes every device that JAX lists: two, unless a test asks `jax.local_devices` for more.
+_list_devices = jax.devices
+jax.devices = lambda backend=None: _list_devices(backend)[:2]
+jax.device_count = lambda backend=None: len(jax.devices(backend))
+
+# A background shell starts its children with Ctrl-C ignored; tests of signals need it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Minutes each, in processes of their own: first, so that no worker is left with one at the end.
-LONGEST = (
-    "test_all_at_the_smoke_scale",
-    "test_triton_interpreted.py",
-    "test_many_devices.py",
-    "test_mosaic_interpreted.py",
-)
+
+def pytest_configure(config):
+    """Few drawn examples by default; many where exhaustive tests are run too."""
+    few = hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+    hypothesis.settings.register_profile("default", few)
+    hypothesis.settings.register_profile("exhaustive", few, max_examples=50)
+    every = config.getoption("markexpr") != "not exhaustive"
+    hypothesis.settings.load_profile("exhaustive" if every else "default")
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
+def pytest_unconfigure():
+    if _COMPILED is not None:
+        shutil.rmtree(_COMPILED, ignore_errors=True)

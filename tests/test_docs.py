@@ -10,8 +10,8 @@ import pytest
 
 from experiments import config_files
 from rbf_jax.training import train
-from tests.commands import PROGRAMS, arguments, commands_in
-from tests.training.tiny import tiny_config, write_corpus
+from tests.harness.commands import PROGRAMS, arguments, commands_in
+from tests.harness.tiny import tiny_config, write_corpus
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)

@@ -4,7 +4,7 @@ from experiments.benchmarks.contenders import BASELINE, MOSAIC, TRITON
 from rbf_jax.analysis.attention_profile import STYLES, profile_figure
 from rbf_jax.analysis.report import save_figure
 from rbf_jax.analysis.style import PALETTE
-from tests.experiments.gpu_suite_content import COST, LENGTHS, failed, make_content
+from tests.harness.gpu_suite_content import COST, LENGTHS, failed, make_content
 
 
 @pytest.fixture

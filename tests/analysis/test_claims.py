@@ -13,7 +13,7 @@ from rbf_jax.analysis.claims import operation, panels
 from rbf_jax.analysis.claims.lengths import lengths_table
 from rbf_jax.analysis.report import jsonable
 from rbf_jax.analysis.style import PALETTE
-from tests.analysis.synthetic_records import make_records
+from tests.harness.synthetic_records import make_records
 
 BASE = scales.get_config("smoke").to_dict()
 TRAINED = [claim for claim in claims.FIGURES.values() if claim.trained]

@@ -6,7 +6,7 @@ import pytest
 
 from rbf_jax.analysis.comparison import MISSING, compare, config_differences, steps_to_reach
 from rbf_jax.analysis.runs import read_runs
-from tests.analysis.synthetic import STEPS, make_config, make_rows, write_run
+from tests.harness.synthetic import STEPS, make_config, make_rows, write_run
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from rbf_jax.analysis.comparison import compare
 from rbf_jax.analysis.diagnostics import Inside
 from rbf_jax.analysis.models import Findings
 from rbf_jax.analysis.runs import read_runs
-from tests.analysis.synthetic import make_config, make_rows, write_run
+from tests.harness.synthetic import make_config, make_rows, write_run
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rbf_jax.analysis.diagnostics import QUANTILES, diagnose, look_inside, natural
-from tests.nn.models import LENGTH, VOCAB, small_model
+from tests.harness.models import LENGTH, VOCAB, small_model
 
 B, N, K, R, L = 2, 4, 2, 2, 2
 

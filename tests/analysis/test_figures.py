@@ -8,7 +8,7 @@ from PIL import Image
 from rbf_jax.analysis import figures, style
 from rbf_jax.analysis.diagnostics import Inside
 from rbf_jax.analysis.runs import read_runs
-from tests.analysis.synthetic import make_config, make_rows, write_run
+from tests.harness.synthetic import make_config, make_rows, write_run
 
 
 @pytest.fixture(scope="module")

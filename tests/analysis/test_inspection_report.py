@@ -10,9 +10,9 @@ from rbf_jax.analysis import inspection_figures, inspection_report, style
 from rbf_jax.analysis.diagnostics import Inside
 from rbf_jax.analysis.inspection_figures import HeadTable
 from rbf_jax.analysis.models import Findings, Inspection
-from tests.analysis.synthetic import make_config
 from tests.analysis.test_figures import line, pixels, ticks
-from tests.nn.models import small_config
+from tests.harness.models import small_config
+from tests.harness.synthetic import make_config
 
 WHERE = {"device": "abacus", "versions": {"jax": "1.2"}, "date": "2026-01-02T03:04:05+00:00"}
 L, N, K = 2, 4, 2

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from rbf_jax.analysis import models
 from rbf_jax.analysis.diagnostics import diagnose
 from rbf_jax.analysis.runs import read_run
-from tests.analysis.synthetic import write_run
-from tests.nn.models import LENGTH, small_model
+from tests.harness.models import LENGTH, small_model
+from tests.harness.synthetic import write_run
 
 TEXT = "old mill"
 

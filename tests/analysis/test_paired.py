@@ -7,7 +7,7 @@ import pytest
 
 from configs.figures import scales
 from rbf_jax.analysis import paired
-from tests.analysis.synthetic_records import make_record
+from tests.harness.synthetic_records import make_record
 
 CONFIG = scales.get_config("smoke").to_dict()
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rbf_jax.analysis.runs import read_run, read_runs
-from tests.analysis.synthetic import make_config, write_run
+from tests.harness.synthetic import make_config, write_run
 
 
 def train_row(step, **values):

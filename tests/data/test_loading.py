@@ -9,7 +9,7 @@ import pytest
 
 from configs import base
 from rbf_jax.data import load_data, load_tokenizer, loading, sources
-from tests.data.corpus import DOCUMENTS, ROOT, VALID, config, segments
+from tests.harness.corpus import DOCUMENTS, ROOT, VALID, config, segments
 
 END = 256
 

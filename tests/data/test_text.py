@@ -5,7 +5,7 @@ import lzma
 import pytest
 
 from rbf_jax.data import text
-from tests.data.corpus import DOCUMENTS, VALID, write
+from tests.harness.corpus import DOCUMENTS, VALID, write
 
 
 def documents(source, split="train"):

@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from rbf_jax.data import sources, tfds_source
-from tests.data.corpus import DOCUMENTS, ROOT, VALID, config, write
+from tests.harness.corpus import DOCUMENTS, ROOT, VALID, config, write
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rbf_jax.data import tokenizer
-from tests.data.corpus import DOCUMENTS, ROOT
+from tests.harness.corpus import DOCUMENTS, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_what_is_kept_is_read_back(any_tokenizer, tmp_path, as_folder):
 
 def test_bpe_is_the_same_in_every_process(bpe):
     program = (
-        "from rbf_jax.data import tokenizer; from tests.data.corpus import DOCUMENTS;"
+        "from rbf_jax.data import tokenizer; from tests.harness.corpus import DOCUMENTS;"
         "print(tokenizer.train_bpe(DOCUMENTS, 300).fingerprint)"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "3"}

@@ -8,7 +8,7 @@ import pytest
 
 from rbf_jax.data import tokens
 from rbf_jax.data.tokenizer import ByteTokenizer
-from tests.data.corpus import DOCUMENTS, ROOT
+from tests.harness.corpus import DOCUMENTS, ROOT
 
 
 def build(folder, documents=DOCUMENTS, key="key"):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.compiling import without_optimizations
-from tests.training.tiny import write_corpus
+from tests.harness.compiling import without_optimizations
+from tests.harness.tiny import write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
 SMOKE = f"--config={REPOSITORY / 'configs' / 'smoke.py'}"

@@ -8,8 +8,8 @@ from PIL import Image
 
 from experiments import compare
 from rbf_jax.training import train
-from tests.analysis.synthetic import write_run
-from tests.training.tiny import tiny_config, write_corpus
+from tests.harness.synthetic import write_run
+from tests.harness.tiny import tiny_config, write_corpus
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiments import config_files, convert
-from tests.training.gpt2_folder import write_folder
-from tests.training.tiny import write_corpus
+from tests.harness.gpt2_folder import write_folder
+from tests.harness.tiny import write_corpus
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from experiments.figure_runs import Experiment
 from rbf_jax.analysis import claims, records
 from rbf_jax.analysis.variants import Variant
 from rbf_jax.training import TrainingStopped, ensemble, ensemble_programs
-from tests.analysis.synthetic_records import make_record
+from tests.harness.synthetic_records import make_record
 
 REPOSITORY = Path(__file__).parents[2]
 

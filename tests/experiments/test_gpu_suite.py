@@ -12,7 +12,7 @@ from experiments.benchmarks import contenders, gpu_command, gpu_suite, memory_ta
 from experiments.benchmarks.clock import Clock, Timing
 from experiments.benchmarks.contenders import BASELINE, FLEX, TRITON, TRUSTED, Cell
 from experiments.benchmarks.report import markdown
-from tests.experiments.gpu_suite_content import COST, LENGTHS, failed, make_content
+from tests.harness.gpu_suite_content import COST, LENGTHS, failed, make_content
 
 TINY = gpu_suite.Settings(
     lengths=(16, 32),

@@ -8,7 +8,7 @@ from PIL import Image
 
 from experiments import inspect
 from rbf_jax.training import train
-from tests.training.tiny import tiny_config, write_corpus
+from tests.harness.tiny import tiny_config, write_corpus
 
 PICTURES = ["heads", "norms", "gamma-lambda", "attention"]
 

@@ -13,7 +13,7 @@ import pytest
 from experiments import sweep as program
 from rbf_jax.sweeps.study import newest_checkpoint
 from tests.experiments.conftest import REPOSITORY
-from tests.training.tiny import write_corpus
+from tests.harness.tiny import write_corpus
 
 SMOKE = "--config=configs/sweeps/smoke.py"
 STEPS = 80

@@ -9,7 +9,7 @@ import pytest
 from experiments import train
 from rbf_jax.training import load_run
 from tests.experiments.conftest import REPOSITORY, SMOKE
-from tests.training.tiny import state_digests, without_timing
+from tests.harness.tiny import state_digests, without_timing
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.experiments.conftest import REPOSITORY, SMOKE
-from tests.training.tiny import without_timing, write_corpus
+from tests.harness.tiny import without_timing, write_corpus
 
 STEPS = 30
 

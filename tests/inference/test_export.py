@@ -10,7 +10,7 @@ import pytest
 from rbf_jax.data.tokenizer import ByteTokenizer
 from rbf_jax.inference import Sampling, complete, save_model
 from rbf_jax.inference.export import export_programs, save_programs
-from tests.nn.models import quick_jit, small_model
+from tests.harness.models import quick_jit, small_model
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6]]
 SIZES = {"prompt_length": 6, "capacity": 12}

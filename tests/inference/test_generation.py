@@ -6,7 +6,7 @@ import pytest
 
 from rbf_jax.inference import Sampling, complete, generate
 from rbf_jax.inference import generation as module
-from tests.nn.models import LENGTH, VOCAB, quick_jit, small_model
+from tests.harness.models import LENGTH, VOCAB, quick_jit, small_model
 
 PROMPTS = [[3, 1, 4, 1], [5], [9, 2]]
 GREEDY = Sampling(temperature=0)

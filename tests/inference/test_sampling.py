@@ -5,7 +5,7 @@ import pytest
 
 from rbf_jax.inference import Sampling
 from rbf_jax.inference.sampling import sample
-from tests.nn.models import quick_jit
+from tests.harness.models import quick_jit
 
 P = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
 DRAWS = 4000

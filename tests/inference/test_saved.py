@@ -6,7 +6,7 @@ import pytest
 
 from rbf_jax.data.tokenizer import ByteTokenizer
 from rbf_jax.inference import load_model, save_model
-from tests.nn.models import small_model
+from tests.harness.models import small_model
 
 TOKENS = np.arange(12, dtype=np.int32)[None]
 

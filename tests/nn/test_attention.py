@@ -8,7 +8,7 @@ import pytest
 
 from rbf_jax.nn.attention import Attention, exclude_own_value
 from rbf_jax.nn.positions import sinusoids
-from tests.nn.models import normal, primitives, quick_jit, random_variables, small_config
+from tests.harness.models import normal, primitives, quick_jit, random_variables, small_config
 
 B, R, T, D, H = 2, 2, 6, 16, 4
 SEGMENTS = jnp.asarray([[1, 1, 1, 2, 2, 2], [1, 2, 2, 2, 2, 0]], jnp.int32)

@@ -8,7 +8,7 @@ import pytest
 from rbf_jax.nn import cache as caches
 from rbf_jax.nn.cache import empty_cache, num_slots
 from rbf_jax.ops.cache import empty
-from tests.nn.models import LENGTH, VOCAB, primitives, quick_jit, small_config, small_model
+from tests.harness.models import LENGTH, VOCAB, primitives, quick_jit, small_config, small_model
 
 B = 3
 PROMPTS = np.int32([5, 1, 2])

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from rbf_jax.nn import AttentionConfig, TransformerConfig
-from tests.nn.models import small_config
+from tests.harness.models import small_config
 
 
 @pytest.mark.parametrize(

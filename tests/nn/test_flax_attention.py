@@ -9,7 +9,7 @@ from flax import nnx
 
 from rbf_jax import rbf_attention
 from rbf_jax.nn import rbf_attention_fn
-from tests.nn.models import normal, quick_jit, random_variables
+from tests.harness.models import normal, quick_jit, random_variables
 
 B, T, N, H, D = 2, 5, 2, 4, 8
 LENGTHS = np.asarray([5, 3])

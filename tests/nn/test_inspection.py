@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rbf_jax.nn.inspection import largest_logit
-from tests.nn.models import normal, quick_jit
+from tests.harness.models import normal, quick_jit
 
 B, R, T, N, K, H = 2, 2, 7, 4, 2, 4
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 0, 0, 0]], np.int32)

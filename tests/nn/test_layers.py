@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rbf_jax.nn.layers import REGISTER_EPSILON, TOKEN_EPSILON, Norm
-from tests.nn.models import normal, quick_jit
+from tests.harness.models import normal, quick_jit
 
 
 @pytest.mark.parametrize("heads", [(), (3,)])

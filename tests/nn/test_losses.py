@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rbf_jax.nn import losses
-from tests.nn.models import normal, primitives
+from tests.harness.models import normal, primitives
 
 B, T, D, V = 3, 7, 5, 11
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rbf_jax.nn.positions import SuSiE, add_susie, alibi_slopes, rotate, sinusoids
-from tests.nn.models import normal, random_variables
+from tests.harness.models import normal, random_variables
 
 
 @pytest.mark.parametrize("start", [0, 30_000, 1_000_000])

@@ -5,7 +5,7 @@ import pytest
 
 from rbf_jax import rbf_attention
 from rbf_jax.nn.registers import Registers, attend, merge
-from tests.nn.models import normal, quick_jit
+from tests.harness.models import normal, quick_jit
 
 B, R, T, N, K, H = 2, 3, 6, 4, 2, 8
 

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from rbf_jax.nn import CausalLM
-from tests.nn.models import LENGTH, VOCAB, normal, primitives, quick_jit, small_config, small_model
+from tests.harness.models import (
+    LENGTH,
+    VOCAB,
+    normal,
+    primitives,
+    quick_jit,
+    small_config,
+    small_model,
+)
 
 HALF = LENGTH // 2
 TOKENS = np.random.default_rng(5).permutation(VOCAB)[:LENGTH].astype(np.int32)  # all distinct

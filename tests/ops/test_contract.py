@@ -1,18 +1,16 @@
 """Every implementation on every case: values and all gradients against float64, or a refusal."""
 
 import contextlib
-import dataclasses
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
 from rbf_jax import rbf_attention
-from tests.compiling import without_optimizations
-from tests.ops import cases, contract
-from tests.ops.oracle import oracle
+from tests.harness import cases, contract
+from tests.harness.compiling import without_optimizations
+from tests.harness.oracle import oracle
 
 
 def _runs():
@@ -66,58 +64,13 @@ def test_without_key_norms_it_is_dot_product_attention(name):
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
-@st.composite
-def drawn_case(draw):
-    """Any shapes and options together; T and S up to several small blocks."""
-    B, K, H = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 8]))
-    N = K * draw(st.sampled_from([1, 3]))
-    T, S = draw(st.integers(1, 40)), draw(st.integers(1, 40))
-    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    options: dict = {"is_causal": draw(st.booleans()), "origin_sink": draw(st.booleans())}
-    if draw(st.booleans()):
-        options["local_window_size"] = (draw(st.integers(0, 40)), draw(st.integers(0, 40)))
-    if draw(st.booleans()):
-        axes = [n if draw(st.booleans()) else 1 for n in (B, N, T, S)]
-        options["mask"] = random.random(axes) < 0.6
-    if draw(st.booleans()):
-        options["query_seq_lengths"] = random.integers(0, T + 1, B)
-        options["key_value_seq_lengths"] = random.integers(0, S + 1, B)
-    if draw(st.booleans()):
-        options["query_segment_ids"] = random.integers(0, 3, (B, T))
-        options["key_value_segment_ids"] = random.integers(0, 3, (B, S))
-    if draw(st.booleans()):
-        options["alibi_slopes"] = random.random(N).astype(np.float32)
-    case = cases.case(
-        "drawn", T=T, S=S, B=B, N=N, K=K, H=H, per_head=draw(st.booleans()), norm=draw(NORMS)
-    )
-    return dataclasses.replace(case, options=tuple((k, Constant(v)) for k, v in options.items()))
-
-
-NORMS = st.sampled_from([1e-2, 1.0, 30.0])
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Constant:
-    """An option's value, hashable by identity, as `Case` wants it."""
-
-    value: object
-
-    def __call__(self, *_):
-        return self.value
-
-
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of at most 8 and 16, so that short sequences have several."""
     monkeypatch.setattr("rbf_jax.ops.xla._MAX_BLOCKS", (8, 16))
 
 
-@hypothesis.settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
-@hypothesis.given(case=drawn_case())
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(case=cases.drawn_case())
 def test_any_shapes_and_options(small_blocks, case):
     assert not contract.violations(contract.SUBJECTS["xla"], case, "float32")

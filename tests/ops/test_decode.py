@@ -9,8 +9,8 @@ import pytest
 
 from rbf_jax.ops import cache as caches
 from rbf_jax.ops import decode
-from tests.nn.models import quick_jit
-from tests.ops import cases, contract
+from tests.harness import cases, contract
+from tests.harness.models import quick_jit
 
 
 def attend(query, key, value, *, return_residual, is_causal=False, **options):

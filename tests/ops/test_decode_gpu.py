@@ -7,8 +7,8 @@ import pytest
 from rbf_jax.ops import decode
 from rbf_jax.ops.triton.decode import Sizes, override_sizes
 from rbf_jax.ops.triton.tiles import Tiles
-from tests.ops import contract, decode_cases
-from tests.ops.decode_cases import CASES, EVERYTHING, Case
+from tests.harness import contract, decode_cases
+from tests.harness.decode_cases import CASES, EVERYTHING, Case
 
 if jax.default_backend() != "gpu":
     pytest.skip("needs an NVIDIA GPU: make test-gpu", allow_module_level=True)

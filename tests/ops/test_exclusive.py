@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rbf_jax.nn.attention import exclude_own_value
-from tests.ops import cases, contract
-from tests.ops.oracle import oracle
+from tests.harness import cases, contract
+from tests.harness.oracle import oracle
 
 CASE = cases.case("exclusive", N=4, K=2, is_causal=True)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.ops import own_process
+from tests.harness import own_process
 
 FOLDER = "tests/ops/many_devices"
 FILES = ["ring.py", "partition.py", "mosaic.py"]

@@ -18,7 +18,7 @@ from rbf_jax.ops import nvidia
 from rbf_jax.ops.mosaic import attention, backward, common, forward, gradients, keys
 from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, choose_backward, override_tiles
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
-from tests.ops import own_process
+from tests.harness import own_process
 
 T, S = 1031, 2053
 B, N, K = 2, 4, 2

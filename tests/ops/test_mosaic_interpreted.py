@@ -1,6 +1,6 @@
 """Runs the tests of the Mosaic GPU kernels in a process with a CPU thread for each warpgroup."""
 
-from tests.ops import own_process
+from tests.harness import own_process
 
 FOLDER = "tests/ops/mosaic_interpreted"
 # Where a warpgroup ends in an error, the others wait for it for ever.

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from rbf_jax.ops import reference, xla
-from tests.ops import offsets
+from tests.harness import offsets
 
 
 @pytest.mark.parametrize("attend", [reference.attend, xla.attend], ids=["reference", "xla"])

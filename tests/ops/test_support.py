@@ -8,14 +8,14 @@ import pytest
 from rbf_jax import rbf_attention
 from rbf_jax.ops import nvidia
 from rbf_jax.ops.triton import launch
-from tests.ops import cases, contract, support
+from tests.harness import cases, contract, support
 
 REFUSED = [case for case in cases.CASES if case.features & contract.CUDNN_REFUSES]
 
 
 def test_document_is_up_to_date():
     path = Path(__file__).parents[2] / "docs" / "implementations.md"
-    assert path.read_text() == support.document(), "run the command in tests/ops/support.py"
+    assert path.read_text() == support.document(), "run the command in tests/harness/support.py"
 
 
 def test_every_feature_is_described():

@@ -21,7 +21,7 @@ from rbf_jax import rbf_attention
 from rbf_jax.ops.mosaic.tiles import Tiles, override_tiles
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
-from tests.ops import adversarial, cases, contract, random_cases
+from tests.harness import adversarial, cases, contract, random_cases
 
 if jax.default_backend() != "gpu":
     pytest.skip("needs an NVIDIA GPU: make test-gpu", allow_module_level=True)

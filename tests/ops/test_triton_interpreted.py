@@ -6,7 +6,7 @@ may have it compile.
 
 import pytest
 
-from tests.ops import own_process
+from tests.harness import own_process
 
 FOLDER = "tests/ops/interpreted"
 RUNS = {

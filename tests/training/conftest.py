@@ -4,8 +4,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from rbf_jax.training import train
-from tests.compiling import without_optimizations
-from tests.training.tiny import tiny_config, write_corpus
+from tests.harness.compiling import without_optimizations
+from tests.harness.tiny import tiny_config, write_corpus
 
 
 @pytest.fixture(scope="package", autouse=True)

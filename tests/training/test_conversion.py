@@ -12,8 +12,8 @@ from rbf_jax.training.config import model_config
 from rbf_jax.training.conversion import arm_config, arm_report, convert, summary_table
 from rbf_jax.training.initial import open_source
 from rbf_jax.training.step import make_eval_step
-from tests.training.gpt2_folder import write_folder
-from tests.training.tiny import tiny_config
+from tests.harness.gpt2_folder import write_folder
+from tests.harness.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from rbf_jax.training import TrainingStopped, load_run, train
 from rbf_jax.training.ensemble import train_ensemble
 from rbf_jax.training.ensemble_programs import Texts, compile_programs
 from rbf_jax.training.run_folder import RunFolder
-from tests.training.tiny import tiny_config, write_corpus
+from tests.harness.tiny import tiny_config, write_corpus
 
 SEEDS = (0, 3)
 

@@ -7,8 +7,8 @@ import pytest
 import safetensors.numpy
 
 from rbf_jax.training.gpt2 import GPT2Folder, load_gpt2
-from tests.training import gpt2_folder
-from tests.training.gpt2_folder import CONFIG, POSITIONS, random_tensors, write_folder
+from tests.harness import gpt2_folder
+from tests.harness.gpt2_folder import CONFIG, POSITIONS, random_tensors, write_folder
 
 TOKENS = np.random.default_rng(3).integers(0, CONFIG["vocab_size"], POSITIONS).astype(np.int32)
 

@@ -8,8 +8,8 @@ import pytest
 from rbf_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from rbf_jax.training import SetupError, load_run, train, trainer
 from rbf_jax.training.initial import open_source, start_from
-from tests.training.gpt2_folder import random_tensors, write_folder
-from tests.training.tiny import state_digests, without_timing
+from tests.harness.gpt2_folder import random_tensors, write_folder
+from tests.harness.tiny import state_digests, without_timing
 
 
 def test_a_run_goes_on_from_anothers_parameters_and_its_dial_is_annealed(

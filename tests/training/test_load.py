@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rbf_jax.training import CheckpointError, evaluate_run, load_run
-from tests.training.tiny import without_timing
+from tests.harness.tiny import without_timing
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.training.meshes import CASES, EVALUATED, B, T
+from tests.harness.meshes import CASES, EVALUATED, B, T
 
 MESHES = [name for name in CASES if name != "one"]
 
@@ -22,7 +22,7 @@ def results():
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     }
     process = subprocess.run(
-        [sys.executable, "-m", "tests.training.meshes"],
+        [sys.executable, "-m", "tests.harness.meshes"],
         cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,

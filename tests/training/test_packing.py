@@ -7,8 +7,8 @@ import pytest
 from rbf_jax.data import load_data
 from rbf_jax.nn import AttentionConfig, CausalLM, TransformerConfig
 from rbf_jax.training.step import make_loss, model_inputs
-from tests.data import corpus
-from tests.nn.models import quick_jit, random_variables
+from tests.harness import corpus
+from tests.harness.models import quick_jit, random_variables
 
 T = 288
 MODELS = {

@@ -20,7 +20,7 @@ from rbf_jax.training.sharding import (
     parameter_spec,
     state_shardings,
 )
-from tests.training.tiny import tiny_config
+from tests.harness.tiny import tiny_config
 
 
 def sizes(*values):

@@ -21,7 +21,7 @@ from rbf_jax.training import (
     trainer,
 )
 from rbf_jax.training.run_folder import RunFolder
-from tests.training.tiny import state_digests, without_timing
+from tests.harness.tiny import state_digests, without_timing
 
 
 class Killed(Exception):

@@ -2,8 +2,8 @@
 
 import pytest
 
-import tests.ops.triton_interpreter  # noqa: F401 (before Triton)
-from tests.ops import cases, contract
+import tests.harness.triton_interpreter  # noqa: F401 (before Triton)
+from tests.harness import cases, contract
 
 RUNS = [
     (case, dtype)

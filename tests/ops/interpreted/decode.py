@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import tests.ops.triton_interpreter as interpreter  # before Triton
+import tests.harness.triton_interpreter as interpreter  # before Triton
 from rbf_jax.ops import decode
 from rbf_jax.ops.triton.decode import Sizes, override_sizes
 from rbf_jax.ops.triton.tiles import Tiles
-from tests.ops import contract, decode_cases, test_decode
-from tests.ops.decode_cases import CASES, EVERYTHING, Case
+from tests.harness import contract, decode_cases
+from tests.harness.decode_cases import CASES, EVERYTHING, Case
+from tests.ops import test_decode
 
 
 def sizes(num_splits, block_q=16):

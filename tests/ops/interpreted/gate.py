@@ -14,8 +14,8 @@ from triton import language as tl
 from rbf_jax.ops.triton import forward
 from rbf_jax.ops.triton.gate import gated_tiles
 from rbf_jax.ops.triton.tiles import Tiles, override_tiles
-from tests.ops import contract, triton_interpreter
-from tests.ops.adversarial import CASES
+from tests.harness import contract, triton_interpreter
+from tests.harness.adversarial import CASES
 
 TILES = Tiles(16, 16, 1, 1)
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-import tests.ops.triton_interpreter  # noqa: F401 (before Triton)
+import tests.harness.triton_interpreter  # noqa: F401 (before Triton)
 from rbf_jax.ops.triton import attention as triton
 from rbf_jax.ops.triton.tiles import Tiles, override_tiles
-from tests.ops import cases, contract, offsets, random_cases
-from tests.ops.test_contract import drawn_case
+from tests.harness import cases, contract, offsets, random_cases
+from tests.harness.cases import drawn_case
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import tests.ops.triton_interpreter  # noqa: F401 (before Triton)
+import tests.harness.triton_interpreter  # noqa: F401 (before Triton)
 from rbf_jax import rbf_attention
 from rbf_jax.ops import xla
 from rbf_jax.ops.ring import Ring, ring_attention

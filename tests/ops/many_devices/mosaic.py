@@ -17,7 +17,7 @@ from jaxlib import lapack
 
 from rbf_jax import rbf_attention
 from rbf_jax.ops import nvidia
-from tests.ops.many_devices.collectives import collectives
+from tests.harness.collectives import collectives
 
 B, T, N, K, H = 8, 16 * 4096, 8, 4, 64  # 4,096 to each chunk of a ring
 NAME = "mosaic_gpu_v2"

@@ -15,7 +15,7 @@ from rbf_jax.ops.cache import KeysValues
 from rbf_jax.ops.partition import by_batch_and_heads
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.types import Inputs, Masking, Options
-from tests.ops.many_devices.collectives import collectives
+from tests.harness.collectives import collectives
 
 SPECS = [P("x"), P("x", None, "y"), P(None, None, "y"), P(("x", "y"))]
 B, T, S, H = 8, 12, 20, 16

@@ -11,15 +11,15 @@ from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
-from tests.ops import cases, contract
-from tests.ops.many_devices.collectives import collectives
+from tests.harness import cases, contract
+from tests.harness.collectives import collectives
 
 XLA = functools.partial(rbf_attention, implementation="xla")
 SUBJECT = contract.Subject("xla on many devices", XLA)
 
 
 def mesh_of(**sizes):
-    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    devices = jax.local_devices()[: int(np.prod(list(sizes.values())))]
     types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
 

@@ -17,8 +17,8 @@ from rbf_jax.ops.mosaic import attention, forward
 from rbf_jax.ops.mosaic.tiles import Tiles, override_tiles
 from rbf_jax.ops.ring import Ring, ring_attention
 from rbf_jax.ops.types import Inputs, Masking, Options
-from tests.ops import adversarial, cases, contract
-from tests.ops.mosaic_interpreter import interpreted
+from tests.harness import adversarial, cases, contract
+from tests.harness.mosaic_interpreter import interpreted
 
 TILES = Tiles(block_k=64)
 MANY_VISITS = Tiles(block_k=64, visits=3)

@@ -12,8 +12,8 @@ from rbf_jax import rbf_attention
 from rbf_jax.ops import cudnn
 from rbf_jax.ops.mosaic import tiles
 from rbf_jax.ops.types import Inputs, Options
-from tests.ops import oracle as oracle_lib
-from tests.ops.cases import Case, on_cpu
+from tests.harness import oracle as oracle_lib
+from tests.harness.cases import Case, on_cpu
 
 IN_FLOAT32 = ("logsumexp", "gamma", "key_norm_weight")  # whatever the dtype
 FEW = 1000

@@ -1,19 +1,19 @@
 """The list of what each implementation supports, from what the contract suite runs on it.
 
-python -m tests.ops.support > docs/implementations.md
+python -m tests.harness.support > docs/implementations.md
 """
 
-from tests.ops import cases, contract
+from tests.harness import cases, contract
 
 HEAD = """\
 # What each implementation supports
 
-Written by `python -m tests.ops.support > docs/implementations.md` from the cases that the contract
-suite ([`tests/ops`](../tests/ops)) runs on each; a test keeps it up to date. The last rows are
-those of `tests/ops/test_transformations.py` and `test_triton_lowering.py`. "triton" and "cudnn" run
-on NVIDIA GPUs only; everywhere else the suite runs the kernels by Triton's interpreter, and cuDNN's
-augmented heads through `jax.nn`. What is not supported raises
-NotImplementedError, and the suite tests that too.
+Written by `python -m tests.harness.support > docs/implementations.md` from the cases that the
+contract suite ([`tests/ops`](../tests/ops)) runs on each; a test keeps it up to date. The last rows
+are those of `tests/ops/test_transformations.py` and `test_triton_lowering.py`. "triton" and "cudnn"
+run on NVIDIA GPUs only; everywhere else the suite runs the kernels by Triton's interpreter, and
+cuDNN's augmented heads through `jax.nn`. What is not supported raises NotImplementedError, and the
+suite tests that too.
 
 "mosaic" is for compute capability 9.0 and two versions of jax (`rbf_jax/ops/mosaic/attention.py`).
 Without such a GPU some of the cases run in Mosaic's interpreter (`tests/ops/mosaic_interpreted/`),

@@ -13,7 +13,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from tests.ops import cases
+from tests.harness import cases
 
 
 @dataclasses.dataclass(frozen=True)

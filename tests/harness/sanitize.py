@@ -1,12 +1,12 @@
 """A small run of each kernel under NVIDIA's compute-sanitizer, on a GPU.
 
-python3 -m tests.ops.sanitize --tool=memcheck      (and racecheck, initcheck; Triton's kernels)
-python3 -m tests.ops.sanitize --tool=memcheck --implementation=mosaic
+python3 -m tests.harness.sanitize --tool=memcheck      (and racecheck, initcheck; Triton's kernels)
+python3 -m tests.harness.sanitize --tool=memcheck --implementation=mosaic
 
 Of Mosaic's that is the forward kernel with one tile of queries to a block, and the one backward
 kernel; then the forward kernel with three tiles to a block, and two backward kernels.
 
-Every case is run in a process of its own: python3 -m tests.ops.sanitize CASE. Every array is an
+Every case is run in a process of its own: python3 -m tests.harness.sanitize CASE. Every array is an
 allocation of its own, no CUDA graph hides a launch, and XLA compares no programs of its own (which
 reads memory that nothing wrote). The sanitizer itself dies of a segmentation fault in some runs of
 JAX, always elsewhere: such a run says nothing and is repeated.
@@ -33,7 +33,7 @@ import numpy as np
 
 from rbf_jax import rbf_attention
 from rbf_jax.ops.triton import launch
-from tests.ops import adversarial, cases, contract
+from tests.harness import adversarial, cases, contract
 
 TRIES = 8
 
@@ -104,7 +104,7 @@ def sanitize(tool, implementation, name):
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
     if tool != "initcheck":  # which must see all that is written
         command += ["--kernel-regex", "kns=_kernel"]
-    command += [sys.executable, "-m", "tests.ops.sanitize", name]
+    command += [sys.executable, "-m", "tests.harness.sanitize", name]
     command += ["--implementation", implementation]
     for attempt in range(1, TRIES + 1):  # noqa: B007
         run = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import strategies as st
 
 
 def on_cpu(function):
@@ -232,3 +233,43 @@ IN_16_BITS = frozenset(
         "large_cotangent",
     }
 )
+
+
+@st.composite
+def drawn_case(draw):
+    """Any shapes and options together; T and S up to several small blocks."""
+    B, K, H = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 8]))
+    N = K * draw(st.sampled_from([1, 3]))
+    T, S = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    options: dict = {"is_causal": draw(st.booleans()), "origin_sink": draw(st.booleans())}
+    if draw(st.booleans()):
+        options["local_window_size"] = (draw(st.integers(0, 40)), draw(st.integers(0, 40)))
+    if draw(st.booleans()):
+        axes = [n if draw(st.booleans()) else 1 for n in (B, N, T, S)]
+        options["mask"] = random.random(axes) < 0.6
+    if draw(st.booleans()):
+        options["query_seq_lengths"] = random.integers(0, T + 1, B)
+        options["key_value_seq_lengths"] = random.integers(0, S + 1, B)
+    if draw(st.booleans()):
+        options["query_segment_ids"] = random.integers(0, 3, (B, T))
+        options["key_value_segment_ids"] = random.integers(0, 3, (B, S))
+    if draw(st.booleans()):
+        options["alibi_slopes"] = random.random(N).astype(np.float32)
+    drawn = case(
+        "drawn", T=T, S=S, B=B, N=N, K=K, H=H, per_head=draw(st.booleans()), norm=draw(NORMS)
+    )
+    return dataclasses.replace(drawn, options=tuple((k, Constant(v)) for k, v in options.items()))
+
+
+NORMS = st.sampled_from([1e-2, 1.0, 30.0])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant:
+    """An option's value, hashable by identity, as `Case` wants it."""
+
+    value: object
+
+    def __call__(self, *_):
+        return self.value

@@ -1,8 +1,8 @@
 """Random calls of the kernels against float64, in several processes.
 
-python -m tests.ops.random_cases --count=2000 --seed=0     on an NVIDIA GPU
-python -m tests.ops.random_cases --implementation=mosaic   of those that Mosaic takes
-python -m tests.ops.random_cases --count=20 --interpret    by Triton's interpreter
+python -m tests.harness.random_cases --count=2000 --seed=0     on an NVIDIA GPU
+python -m tests.harness.random_cases --implementation=mosaic   of those that Mosaic takes
+python -m tests.harness.random_cases --count=20 --interpret    by Triton's interpreter
 
 Each case is made of its seed alone. What is compiled is drawn from a limited set of options, each
 with a few shapes, and is the work of one process, so that it is compiled once; norms, γ, λ and all
@@ -61,9 +61,9 @@ def static_choices(index):
 
 def make(seed):
     """The case of a seed and its dtype."""
-    from tests.ops import cases
-    from tests.ops.adversarial import Adversarial
-    from tests.ops.test_contract import Constant
+    from tests.harness import cases
+    from tests.harness.adversarial import Adversarial
+    from tests.harness.cases import Constant
 
     static = static_choices(seed % NUM_STATIC)
     dtype, H, N, K = (static[name] for name in ("dtype", "H", "N", "K"))
@@ -116,7 +116,7 @@ def takes(implementation, seed):
 
 def mosaic_tiles(seed):
     """Mosaic's tiles, drawn too: a block visits one tile of queries or three; one kernel or two."""
-    from tests.ops import contract
+    from tests.harness import contract
 
     random = np.random.default_rng([3, seed % NUM_STATIC])
     visits, two_kernels = int(random.choice([1, 3])), random.random() < 0.4
@@ -125,7 +125,7 @@ def mosaic_tiles(seed):
 
 def violations(seed, make_program=None, implementation="triton"):
     """What violates the contract."""
-    from tests.ops import contract
+    from tests.harness import contract
 
     case, dtype = make(seed)
     make_program = make_program or contract.program_of
@@ -152,13 +152,13 @@ def describe(case):
 def work(seeds, implementation, interpret, reports):
     """Runs in a process of its own: reports (seed, violations) of each."""
     if interpret:
-        import tests.ops.triton_interpreter  # noqa: F401
+        import tests.harness.triton_interpreter  # noqa: F401
     else:
         from rbf_jax.ops.triton import launch
 
         if launch.unavailable():
             raise SystemExit(f"{implementation!r} {launch.unavailable()}: --interpret")
-    from tests.ops import contract
+    from tests.harness import contract
 
     make_program = functools.lru_cache(maxsize=1)(contract.program_of)
     for seed in seeds:

@@ -1,6 +1,6 @@
 """One training step after another on several meshes of 8 CPU devices; prints JSON.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.training.meshes
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.harness.meshes
 
 A process of its own, since the number of devices cannot change: test_meshes.py looks at the result.
 """
@@ -73,7 +73,7 @@ def make_config(data, fsdp, tensor, seq, accumulate_steps, remat):
 def run(config, evaluated):
     """Trains a few steps; returns what they computed, and how it was laid out."""
     sizes = config.mesh.to_dict()
-    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    devices = jax.local_devices()[: int(np.prod(list(sizes.values())))]
     validate(config, len(devices))
     mesh = make_mesh(sizes, devices)
     model = CausalLM(model_config(config, V))
