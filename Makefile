@@ -10,14 +10,14 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # the tests can put the kernels into programs for a GPU on a machine that has none.
 CUDA_PLUGIN := jax-cuda13-plugin
 
-.PHONY: setup demo figures check docs test test-gpu dist clean
+.PHONY: setup demo figures check docs test test-all test-gpu dist clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python >= 3.11 is required, {sys.executable} is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable '.[$(EXTRAS)]' --constraint constraints.txt
+	$(PIP) --no-compile --editable '.[$(EXTRAS)]' --constraint constraints.txt
 	@$(if $(filter Linux,$(shell uname -s)),$(PIP) --no-deps "$(CUDA_PLUGIN)==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')")
 	@touch $@
 
@@ -44,8 +44,13 @@ check: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
 test: check docs
-	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
+	$(PYTEST)
+
+# With the exhaustive tests: before a release.
+test-all: check docs
+	$(PYTEST) -m ''
 
 # Wheel and sdist into dist/, each tried in an environment that has only what it asks for.
 dist: setup

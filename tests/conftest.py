@@ -24,6 +24,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not i
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 
+from tests.harness.times import Times  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Training takes every device that JAX lists: two, unless a test asks `jax.local_devices` for more.
@@ -35,8 +37,14 @@ jax.device_count = lambda backend=None: len(jax.devices(backend))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--keep-times", action="store_true", help="keep this run's times as record")
+
+
 def pytest_configure(config):
-    """Few drawn examples by default; many where exhaustive tests are run too."""
+    """Few drawn examples by default, many where exhaustive tests run too; times are reported."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(Times(config), "times")
     few = hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
     hypothesis.settings.register_profile("default", few)
     hypothesis.settings.register_profile("exhaustive", few, max_examples=50)
