@@ -19,3 +19,10 @@ def without_optimizations() -> Iterator[None]:
             yield
     finally:
         jax.config.update(name, before)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def compile_quickly() -> Iterator[None]:
+    """`without_optimizations` for the tests of a folder whose conftest.py imports this."""
+    with without_optimizations():
+        yield
