@@ -21,8 +21,8 @@ def without_optimizations() -> Iterator[None]:
         jax.config.update(name, before)
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def compile_quickly() -> Iterator[None]:
-    """`without_optimizations` for the tests of a folder whose conftest.py imports this."""
+    """`without_optimizations` for the tests of a file, or of a folder by its conftest.py."""
     with without_optimizations():
         yield
