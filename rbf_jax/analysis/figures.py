@@ -269,12 +269,13 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
     Fewer at the ends. Not a mean: one spike should not look like a plateau. NaN counts as missing.
     """
-    last, half = len(values) - 1, max(1, len(values) // 40)
     smoothed = np.array(values, np.float64)
-    for i in range(len(values)):
-        if np.isfinite(values[i]):
-            reach = min(half, i, last - i)
-            smoothed[i] = np.nanmedian(values[i - reach : i + reach + 1])
+    at = np.arange(len(values))
+    reaches = np.minimum(max(1, len(values) // 40), np.minimum(at, at[::-1]))
+    for reach in np.unique(reaches):
+        centres = at[(reaches == reach) & np.isfinite(values)]
+        windows = np.asarray(values)[centres[:, None] + np.arange(-reach, reach + 1)]
+        smoothed[centres] = np.nanmedian(windows, axis=1)
     return smoothed
 
 

@@ -112,11 +112,14 @@ def spikes(record: Record) -> np.ndarray:
     """(n,) steps whose training loss is `SPIKE_NATS` above the median of the `SPIKE_WINDOW` before;
     NaN for seeds that diverged."""
     losses = record.train["loss"]
-    counts = np.zeros(losses.shape[1])
-    for step in range(3, len(losses)):
-        before = np.median(losses[max(step - SPIKE_WINDOW, 0) : step], axis=0)
-        counts += losses[step] > before + SPIKE_NATS
-    return np.where(np.isfinite(losses).all(0), counts, np.nan)
+    finite = np.isfinite(losses).all(0)
+    # Before the first step there is nothing: NaN.
+    padded = np.pad(losses[:, finite], ((SPIKE_WINDOW, 0), (0, 0)), constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, SPIKE_WINDOW, axis=0)
+    before = np.nanmedian(windows[3:-1], axis=-1)  # Of the first three steps there are too few.
+    counts = np.full(losses.shape[1], np.nan)
+    counts[finite] = (losses[3:, finite] > before + SPIKE_NATS).sum(0)
+    return counts
 
 
 def first_steps(record: Record) -> int:

@@ -9,7 +9,7 @@ from matplotlib.colors import same_color
 
 from configs.figures import scales
 from rbf_jax.analysis import claims, paired, variants
-from rbf_jax.analysis.claims import operation, panels
+from rbf_jax.analysis.claims import operation, panels, verdicts
 from rbf_jax.analysis.claims.lengths import lengths_table
 from rbf_jax.analysis.report import jsonable
 from rbf_jax.analysis.style import PALETTE
@@ -19,8 +19,8 @@ BASE = scales.get_config("smoke").to_dict()
 TRAINED = [claim for claim in claims.FIGURES.values() if claim.trained]
 
 
-def needed(claim):
-    figure = importlib.import_module(f"configs.figures.{claim.trained}").get_config("paper")
+def needed(claim, scale="paper"):
+    figure = importlib.import_module(f"configs.figures.{claim.trained}").get_config(scale)
     return variants.variants(figure.to_dict(), BASE)
 
 
@@ -46,6 +46,17 @@ def test_seeds_that_diverge_and_variants_that_lack_do_not_stop_a_figure(claim, t
     records = make_records(some, tmp_path, **{lost: {"diverged": (0, 1, 2, 3)}})
     made, _ = claim.draw(list(records.values()))
     made.savefig(tmp_path / "figure.png")
+
+
+def test_every_claim_is_judged_at_the_smallest_scale(tmp_path):
+    """It trains fewer variants: all those that verdicts look for."""
+    numbers = {}
+    for claim in claims.FIGURES.values():
+        records = make_records(needed(claim, "smoke"), tmp_path) if claim.trained else {}
+        _, numbers[claim.name] = claim.draw(list(records.values()))
+    judged = verdicts.verdicts(numbers)
+    assert len(judged) == 7
+    assert not [v for v in judged if "not measured:" in v.measured]
 
 
 def test_differences_are_those_of_the_records(tmp_path):

@@ -56,9 +56,18 @@ def written(seen):
     return {part.title: part for part in parts}
 
 
-@pytest.mark.parametrize("sink", [False, True])
-@pytest.mark.parametrize("registers", [0, 1, 4])
-@pytest.mark.parametrize("kind", ["rbf", "dot"])
+# Every pair of two options.
+@pytest.mark.parametrize(
+    ("kind", "registers", "sink"),
+    [
+        ("rbf", 0, False),
+        ("rbf", 1, True),
+        ("rbf", 4, False),
+        ("dot", 0, True),
+        ("dot", 1, False),
+        ("dot", 4, True),
+    ],
+)
 def test_sections_tell_of_what_a_model_has(kind, registers, sink):
     seen = inspection(registers, {"kind": kind, "origin_sink": sink})
     parts = written(seen)

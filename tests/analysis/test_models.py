@@ -116,7 +116,7 @@ def test_visible():
     ],
 )
 def test_inspect_run(changes, window, tmp_path, monkeypatch):
-    model, variables = small_model(**changes)
+    model, variables = small_model(**changes, num_layers=1)
     data = Rows(Letters(0), TEXT)
     run = types.SimpleNamespace(
         path=tmp_path,
@@ -160,7 +160,7 @@ def test_inspect_run(changes, window, tmp_path, monkeypatch):
 
 def test_attention_that_weighs_all_alike_is_uniform(tmp_path, monkeypatch):
     model, variables = small_model(
-        num_registers=1, attention={"origin_sink": True}, positions="none"
+        num_registers=1, attention={"origin_sink": True}, positions="none", num_layers=1
     )
     variables = jax.tree.map(np.zeros_like, variables)  # All logits are 0.
     run = types.SimpleNamespace(

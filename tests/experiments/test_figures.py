@@ -1,6 +1,8 @@
 """The program of the figures: trains what is missing, once, and draws."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -18,41 +20,9 @@ from rbf_jax.analysis import claims, records
 from rbf_jax.analysis.variants import Variant
 from rbf_jax.training import TrainingStopped, ensemble, ensemble_programs
 from tests.harness.synthetic_records import make_record
+from tests.harness.tiny import write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-def test_all_at_the_smoke_scale(tmp_path):
-    """The one command, from nothing; a second one trains nothing and draws the same."""
-    command = [
-        *(sys.executable, "-m", "experiments.figures", "--figure=all", "--scale=smoke"),
-        *("--nomembers", f"--out={tmp_path}", f"--base.data.cache_dir={tmp_path / 'cache'}"),
-    ]
-    # All seeds on one: less to compile. The tests below have two.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-
-    def run():
-        return subprocess.run(
-            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900
-        )
-
-    first = run()
-    assert first.returncode == 0, first.stderr
-    assert "base: validation loss" in first.stderr
-    for name in claims.FIGURES:
-        assert {(tmp_path / f"{name}.{kind}").is_file() for kind in ("png", "svg", "json")} == {
-            True
-        }
-    report = (tmp_path / "report.md").read_text()
-    assert "Missing" not in report
-    assert "not measured:" not in report
-    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "records").iterdir()}
-    numbers = (tmp_path / "loss_curves.json").read_text()
-    second = run()
-    assert second.returncode == 0, second.stderr
-    assert "validation loss" not in second.stderr
-    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "records").iterdir()} == kept
-    assert (tmp_path / "loss_curves.json").read_text() == numbers
 
 
 def main(*arguments):
@@ -91,60 +61,115 @@ def test_kept_draws_from_records_alone(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("experiment")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figures")
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def experiment(folder):
+    """The one that `draw` trains."""
     base = scales.get_config("smoke")
+    base.data.source = "text"
+    base.data.train_files = (str(folder / "stories.txt"),)
     base.data.cache_dir = str(folder / "cache")
     return Experiment(base, (0, 1), folder / "out", folder / "kept")
 
 
-def test_a_variant_that_fails_does_not_stop_the_others(experiment, caplog):
-    # Dimensions that positions cannot have; too few tokens for a context so long.
-    variants = [
-        Variant("odd", {"model.num_heads": 16}),
-        Variant("long", {}, (1, 100_000)),
-        Variant("good", {"model.num_registers": 0}, (1, 2)),
+def draw(folder, *spaces):
+    """Draws the figure "dial" as the program does; returns its exit status and what it said."""
+    trained = {"space": {str(i): (space,) for i, space in enumerate(spaces)}, "lengths": (1, 2)}
+    command = [
+        *("--figure=dial", "--scale=smoke", f"--out={folder / 'out'}", f"--records={folder}"),
+        *("--base.data.source=text", f"--base.data.train_files={folder / 'stories.txt'}"),
+        f"--base.data.cache_dir={folder / 'cache'}",
     ]
-    failed = experiment.train(variants, compile_workers=2, keep_members=True)
-    assert failed.keys() == {"odd", "long"}
-    assert "too few for a row" in failed["long"]
-    found = experiment.find(variants[2])
-    assert found.seeds == (0, 1)
-    assert set(found.lengths) == {32, 64}
-    member = experiment.out / "runs" / "good" / "seeds" / "1" / "summary.json"
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(figures, "_trained", lambda *_: trained)
+        return main(*command), said.getvalue()
+
+
+DIAL = {"model.attention.key_norm_weight": (1.0, 0.0)}
+# Positions need an even head dimension.
+ODD = {"model.num_heads": (16,)}
+
+
+@pytest.fixture(scope="module")
+def drawn(folder):
+    """What the program said of two variants that can be trained, and one that cannot."""
+    return draw(folder, ODD, DIAL)
+
+
+def test_a_figure_is_trained_from_nothing_and_a_variant_that_fails_does_not_stop_it(drawn, folder):
+    status, said = drawn
+    assert status == 1
+    assert "base: validation loss" in said
+    assert "figures: num_heads=16 failed: " in said
+    out = folder / "out"
+    assert "Missing: num_heads=16: " in (out / "report.md").read_text()
+    assert all((out / f"dial.{kind}").stat().st_size > 0 for kind in ("png", "svg"))
+    numbers = json.loads((out / "dial.json").read_text())
+    assert numbers.keys() == {"base", "key_norm_weight=0"}
+    member = out / "runs" / "base" / "seeds" / "1" / "summary.json"
     assert json.loads(member.read_text())["seeds"] == [1]
 
-    # Lengths asked for later are found out from the last checkpoint.
-    longer = dataclasses.replace(variants[2], lengths=(1, 2, 4))
+
+def test_a_second_call_trains_nothing_and_draws_the_same(drawn, folder, monkeypatch):
+    monkeypatch.setattr(ensemble_programs, "compile_programs", None)
+
+    def files():
+        out = folder / "out"
+        return {path: path.read_bytes() for path in [*out.glob("dial.*"), *out.glob("records/*")]}
+
+    before = files()
+    assert len(before) == 5
+    status, said = draw(folder, DIAL)
+    assert (status, "validation loss" in said) == (0, False)
+    assert files() == before
+    assert "Missing" not in (folder / "out" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("drawn")
+def test_lengths_asked_for_later_are_found_out_from_the_last_checkpoint(experiment, caplog):
+    base = Variant("base", {}, (1, 2))
+    found = experiment.find(base)
+    assert found.seeds == (0, 1)
+    assert set(found.lengths) == {32, 64}
+    longer = dataclasses.replace(base, lengths=(1, 2, 4))
     with caplog.at_level("INFO"):
         assert experiment.find(longer) is None
     assert "was not evaluated at 128 tokens" in caplog.text
-    assert experiment.train([longer], compile_workers=1, keep_members=False) == {}
+    # Too few tokens for a context so long.
+    long = Variant("long", {}, (1, 100_000))
+    failed = experiment.train([long, longer], compile_workers=2, keep_members=False)
+    assert failed.keys() == {"long"}
+    assert "too few for a row" in failed["long"]
     assert set(experiment.find(longer).lengths) == {32, 64, 128}
     np.testing.assert_array_equal(experiment.find(longer).train["loss"], found.train["loss"])
 
-    # A record of another configuration, of other seeds, or without the lengths is not taken.
-    good = variants[2]
-    assert experiment.find(dataclasses.replace(good, lengths=(1, 8))) is None
-    assert experiment.find(Variant("good", {"model.num_registers": 4})) is None
+
+@pytest.mark.usefixtures("drawn")
+def test_a_record_of_something_else_is_not_taken(experiment, tmp_path):
+    """Of another configuration, of other seeds, or without the lengths."""
+    base = Variant("base", {}, (1, 2))
+    assert experiment.find(dataclasses.replace(base, lengths=(1, 8))) is None
+    assert experiment.find(Variant("base", {"model.num_registers": 4})) is None
     other = dataclasses.replace(experiment, seeds=(0, 1, 2))
-    assert other.find(good) is None
-    assert other.find_kept(good) is None
+    assert other.find(base) is None
+    assert other.find_kept(base) is None
     # Kept elsewhere, it is as good.
-    experiment.kept.mkdir()
-    name = f"good{records.SUFFIX}"
-    os.replace(experiment.out / "records" / name, experiment.kept / name)
-    assert experiment.find(good).seeds == (0, 1)
-    assert experiment.find_kept(good).seeds == (0, 1)
+    elsewhere = dataclasses.replace(experiment, out=tmp_path, kept=experiment.out / "records")
+    assert elsewhere.find(base).seeds == elsewhere.find_kept(base).seeds == (0, 1)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_folder_of_another_configuration_is_noticed_before_compiling(experiment, monkeypatch):
-    variant = Variant("taken", {})
-    assert experiment.train([variant], compile_workers=1, keep_members=False) == {}
     monkeypatch.setattr(ensemble_programs, "compile_programs", None)
-    other = Variant("taken", {"optimizer.learning_rate": 0.5})
+    other = Variant("base", {"optimizer.learning_rate": 0.5})
     failed = experiment.train([other], compile_workers=1, keep_members=False)
-    assert "holds a run of another configuration; choose another, or delete" in failed["taken"]
+    assert "holds a run of another configuration; choose another, or delete" in failed["base"]
 
 
 def test_stopped_it_says_so(experiment, monkeypatch):
@@ -165,7 +190,7 @@ def test_alone_nothing_is_compiled_beside_training(alone, experiment, monkeypatc
 
     def prepare(self, variant, texts):
         if variant.name == "b":
-            training.wait(0.5)  # in vain, if alone
+            training.wait(0.5 if alone else 600)  # in vain, if alone
         happened.append(("compiled", variant.name))
         return None, variant.name
 
@@ -201,3 +226,37 @@ def test_interrupted_it_says_so(monkeypatch, capsys, tmp_path):
     command = ["--figure=dial", "--scale=smoke", f"--out={tmp_path}"]
     assert main(*command) == 130
     assert "interrupted; the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.exhaustive
+def test_all_at_the_smoke_scale(tmp_path):
+    """Every figure from nothing, by the one command; a second one trains nothing."""
+    command = [
+        *(sys.executable, "-m", "experiments.figures", "--figure=all", "--scale=smoke"),
+        *("--nomembers", f"--out={tmp_path}", f"--base.data.cache_dir={tmp_path / 'cache'}"),
+    ]
+    # All seeds on one device: less to compile.
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+
+    def run():
+        return subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=4 * 3600,
+        )
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    for name in claims.FIGURES:
+        assert all((tmp_path / f"{name}.{kind}").is_file() for kind in ("png", "svg", "json"))
+    report = (tmp_path / "report.md").read_text()
+    assert "Missing" not in report
+    assert "not measured:" not in report
+    numbers = (tmp_path / "loss_curves.json").read_text()
+    second = run()
+    assert second.returncode == 0, second.stderr
+    assert "validation loss" not in second.stderr
+    assert (tmp_path / "loss_curves.json").read_text() == numbers

@@ -19,3 +19,10 @@ def without_optimizations() -> Iterator[None]:
             yield
     finally:
         jax.config.update(name, before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly() -> Iterator[None]:
+    """`without_optimizations` for the tests of a file, or of a folder by its conftest.py."""
+    with without_optimizations():
+        yield

@@ -1,0 +1,1 @@
+from tests.harness.compiling import compile_quickly  # noqa: F401
