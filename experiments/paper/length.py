@@ -17,7 +17,7 @@ All contexts see the same pieces: for a context of C tokens a piece is 8,192 / C
 "window" lets each token attend to the last 256 tokens of a piece only, itself included. A record
 holds the loss of every 64 tokens of a piece: inside["loss/C"] and inside["loss/window"], (seeds,
 128), and lengths[C], their mean. inside["beyond"], ["sink"] and ["register"] are the shares of
-attention on tokens more than 256 back, on an origin sink and on registers, (seeds, L, N), for the
+attention on tokens 256 or more back, on an origin sink and on registers, (seeds, L, N), for the
 later half of a context of 2,048.
 
 Written down before it runs:
@@ -193,13 +193,13 @@ class _Evaluation:
         self._shares = compiled(_shares, programs.model, trained, self._some)
         self._found: dict[str, np.ndarray] = {}
 
-    def mean_loss(self, context: int, params: Any, _: Any) -> np.ndarray:
+    def mean_loss(self, context: int, params: Any, _: Any) -> Any:
         """(n,), and keeps the losses by position for `inside`."""
         losses = np.asarray(self._full(params, self._batch(context)))
         self._found[f"loss/{context}"] = losses
         return losses.mean(-1)
 
-    def inside(self, params: Any, _: Any) -> dict[str, np.ndarray]:
+    def inside(self, params: Any, _: Any) -> dict[str, Any]:
         """Everything else that a record holds, (n, ...) by name; asked for last."""
         windowed = self._windowed(params, self._batch(self._contexts[-1]))
         found = {"loss/window": windowed, **self._shares(params, self._some)}
