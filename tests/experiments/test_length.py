@@ -42,6 +42,7 @@ def test_one_row(tmp_path, monkeypatch, capsys):
             f"--records={tmp_path / 'kept'}",
             *("--base.data.source=text", f"--base.data.train_files={tmp_path / 'books.txt'}"),
             f"--base.data.cache_dir={tmp_path / 'cache'}",
+            "--base.model.attention.implementation=reference",  # Compiles in less time.
         ]
         return length.main([*common, *arguments])
 
