@@ -173,9 +173,15 @@ class Experiment:
             if key not in texts:
                 folder = self.out / "tokenizer"
                 texts[key] = ensemble_programs.Texts.read(config, self.seeds, folder)
+        return texts[key], self.compile(variant, texts[key])
+
+    def compile(
+        self, variant: Variant, texts: ensemble_programs.Texts
+    ) -> ensemble_programs.Programs:
+        """Compiles what training and evaluating a variant takes."""
         lengths = sorted(self._lengths(variant))
-        return texts[key], ensemble_programs.compile_programs(
-            config, texts[key], lengths=lengths, diagnose=diagnose
+        return ensemble_programs.compile_programs(
+            self.config(variant), texts, lengths=lengths, diagnose=diagnose
         )
 
     def _reopen(self, variant: Variant, folder: Path) -> None:

@@ -1,0 +1,46 @@
+"""The model that all rows of experiments/paper/length.py start from: RBF, RoPE, no sink.
+
+Command:  python -m experiments.paper.length
+Hardware: a GPU.
+
+Books do not repeat: 1,840 steps of 32 rows of 256 tokens are 15.1 M of the 24.8 M tokens of
+books-train-1. Its BPE of 4,096 tokens is made from the same file.
+"""
+
+from configs import base
+from configs.figures import scales
+
+# Of every row.
+SEEDS = {"smoke": 2, "paper": 8}
+# Contexts to evaluate at, over the length that is trained at.
+LENGTHS = {"smoke": (1, 2, 8), "paper": (1, 2, 4, 8, 16, 32)}
+# Documents' pieces of the longest context that all contexts are evaluated on.
+PIECES = {"smoke": 4, "paper": 128}
+
+
+def get_config(scale: str = "paper"):
+    """Returns the configuration of the scale "smoke" or "paper".
+
+    Raises:
+      ValueError: there is no such scale.
+    """
+    if scale not in SEEDS:
+        raise ValueError(f"the scale is {scale!r}; it must be one of {', '.join(SEEDS)}.")
+    config = scales.get_config(scale)
+    config.model.positions = "rope"
+    config.model.num_registers = 0
+    return _paper(config) if scale == "paper" else config
+
+
+def _paper(config):
+    config.data = base.data()
+    config.data.source = "text"
+    config.data.train_files = (".carry/books-train-1.txt.xz",)
+    config.data.valid_files = (".carry/books-valid.txt.xz",)
+    config.data.tokenizer = "bpe"
+    config.data.vocab_size = 4096
+    config.data.cache_dir = ".carry/tokens"
+    config.train.steps = 1840
+    config.train.eval_every = 230
+    config.train.checkpoint_every = 1840
+    return config
