@@ -1,7 +1,9 @@
 """The layer's benchmark; times are whatever they are."""
 
 import json
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from experiments import bench_layer
@@ -22,8 +24,26 @@ def test_measures_every_layer_and_writes_json(tmp_path, capsys, monkeypatch):
     assert "RBF, SuSiE, 1 register" in capsys.readouterr().out
 
 
-def test_layers_are_what_their_names_say(tmp_path):
+class Shapes:
+    """Stands for a jitted function; called, it returns shapes."""
+
+    def __init__(self, function):
+        self._function = function
+
+    def lower(self, *arguments):
+        return self
+
+    def compile(self):
+        return self
+
+    def __call__(self, *arguments):
+        return jax.eval_shape(self._function, *arguments)
+
+
+def test_layers_are_what_their_names_say(monkeypatch):
     options = bench_layer._parse(["bench", "--tokens=8", "--d_model=8", "--heads=2"])
+    monkeypatch.setattr(bench_layer.jax, "jit", Shapes)
+    monkeypatch.setattr(bench_layer, "memory", lambda _: SimpleNamespace(temp_size_in_bytes=0))
     for name in bench_layer.LAYERS:
         call, _ = bench_layer.calls(name, 8, options)["forward+backward"]
         out, (gradients, _) = call.run()

@@ -12,7 +12,7 @@ from rbf_jax.training import TrainingStopped, load_run, train
 from rbf_jax.training.ensemble import train_ensemble
 from rbf_jax.training.ensemble_programs import Texts, compile_programs
 from rbf_jax.training.run_folder import RunFolder
-from tests.harness.tiny import tiny_config, write_corpus
+from tests.harness.tiny import tiny_config
 
 SEEDS = (0, 3)
 
@@ -22,10 +22,8 @@ def diagnose(model, params, batch):
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    config = tiny_config(folder)
+def config(corpus):
+    config = tiny_config(corpus)
     config.train.log_every = 2
     return config
 
