@@ -1,13 +1,12 @@
-"""Runs trained once in each pytest process, for the tests of all programs that read one."""
+"""Runs trained once in each pytest process, for the tests of all programs that read one.
+
+A plugin of every test: what needs more than JAX is imported where it is used.
+"""
 
 import os
 import re
 
 import pytest
-
-from rbf_jax.training import train
-from tests.harness.compiling import without_optimizations
-from tests.harness.tiny import tiny_config, write_corpus
 
 # Seconds that only a process that hangs needs, on a slow and busy machine too.
 HANG = 900
@@ -22,6 +21,8 @@ def environment(devices=2, **changes):
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """The folder of the small corpus."""
+    from tests.harness.tiny import write_corpus
+
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder)
     return folder
@@ -30,6 +31,9 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def train_tiny(corpus, tmp_path_factory):
     """Trains `tiny_config` with changes, given as `model__d_model=8`; returns the run folder."""
+    from rbf_jax.training import train
+    from tests.harness.compiling import without_optimizations
+    from tests.harness.tiny import tiny_config
 
     def train_tiny(**changes):
         config = tiny_config(corpus)
