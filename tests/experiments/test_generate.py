@@ -132,6 +132,6 @@ def test_ctrl_c_ends_cleanly(finished_run, tmp_path):
     )
     assert process.stdout.read(3) == "fox"
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(HANG)
+    _, error = process.communicate(timeout=HANG)
     assert process.returncode == 130, error
     assert error == "\ngenerate: interrupted.\n"

@@ -196,7 +196,7 @@ def test_a_sweep_killed_again_and_again_trains_each_trial_once(sweep):
     finished = {run: (run / "summary.json").stat().st_mtime_ns for run in done(sweep)}
 
     sweep.start()
-    output = sweep.process.communicate(HANG)[0]
+    output = sweep.process.communicate(timeout=HANG)[0]
     assert sweep.process.returncode == 0, output
     assert "4 trials: 4 finished; best " in output
     assert sweep.told() == [0, 1, 2, 3]
@@ -226,7 +226,7 @@ def test_an_interrupted_sweep_leaves_no_worker(sweep):
     sweep.wait_until(lambda: sweep.in_training(5))
     (run, *_) = sweep.in_training(5)
     sweep.process.send_signal(signal.SIGINT)
-    output = sweep.process.communicate(HANG)[0]
+    output = sweep.process.communicate(timeout=HANG)[0]
     assert sweep.process.returncode == 130, output
     assert "the same command goes on" in output
     with pytest.raises(ProcessLookupError):

@@ -8,11 +8,12 @@ import time
 import numpy as np
 import pytest
 
+from rbf_jax.sweeps.study import newest_checkpoint
 from tests.experiments.conftest import ends
 from tests.harness.runs import HANG
 from tests.harness.tiny import without_timing
 
-SIZES = ("--config.train.batch_size=8", "--config.train.steps=20")
+SIZES = ("--config.train.batch_size=8", "--config.train.steps=30")
 SIZES += ("--config.logging.tensorboard=false",)
 
 
@@ -21,7 +22,7 @@ def start_two(start):
     """Starts two processes that train together; the second has options of its own."""
 
     def start_two(run, *options, devices=1, second=()):
-        together = [f"--coordinator=localhost:{free_port()}", "--heartbeat_timeout=100"]
+        together = [f"--coordinator=localhost:{free_port()}", "--heartbeat_timeout=20"]
         return [
             start(
                 *(run, *SIZES, *together, *options, *own),
@@ -41,14 +42,19 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def wait_for_step(processes, run, step):
-    path = run / "metrics.jsonl"
+def wait_for(processes, condition):
     deadline = time.monotonic() + HANG
     while time.monotonic() < deadline and all(process.poll() is None for process in processes):
-        lines = path.read_text().splitlines() if path.exists() else []
-        if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+        if condition():
             return
         time.sleep(0.01)
+
+
+def last_step(run):
+    """That of the newest line of metrics; -1 while it is being written."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else -1
 
 
 # The first mesh: its sizes along "fsdp" and "tensor", and the devices of each process.
@@ -66,7 +72,7 @@ def test_killed_stopped_and_moved_it_trains_as_on_one_device(
     # Each process reads its own rows. One is killed, and the other does not hang.
     mesh = (f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}")
     two = start_two(moved, *mesh, devices=devices)
-    wait_for_step(two, moved, 6)
+    wait_for(two, lambda: newest_checkpoint(moved) >= 5)
     two[1].kill()
     statuses, outputs = ends(*two)
     assert statuses[0] not in (0, None), outputs
@@ -74,8 +80,9 @@ def test_killed_stopped_and_moved_it_trains_as_on_one_device(
     assert "another task died" in outputs[0] or "another has gone" in outputs[0], outputs[0]
 
     # Both hold all rows, and half of the tokens; the signal to one stops both.
+    before = last_step(moved)
     two = start_two(moved, "--config.mesh.seq=2")
-    wait_for_step(two, moved, 12)
+    wait_for(two, lambda: last_step(moved) > max(before, 16))
     two[1].send_signal(signal.SIGTERM)
     statuses, outputs = ends(*two)
     assert statuses == [128 + signal.SIGTERM] * 2, outputs
