@@ -9,15 +9,23 @@ import pytest
 from experiments import bench_layer
 
 
-def test_measures_every_layer_and_writes_json(tmp_path, capsys, monkeypatch):
-    some = {name: bench_layer.LAYERS[name] for name in ("RBF, RoPE", "RBF, SuSiE, 1 register")}
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("RBF, RoPE", "RBF, SuSiE, 1 register"),
+        pytest.param(tuple(bench_layer.LAYERS), marks=pytest.mark.exhaustive),
+    ],
+    ids=len,
+)
+def test_measures_every_layer_and_writes_json(names, tmp_path, capsys, monkeypatch):
+    some = {name: bench_layer.LAYERS[name] for name in names}
     monkeypatch.setattr(bench_layer, "LAYERS", some)
     out = tmp_path / "new folder" / "layer.json"
     sizes = ["--lengths=8,16", "--tokens=16", "--d_model=8", "--heads=2", "--rounds=1"]
     assert bench_layer.main(["bench", *sizes, f"--out={out}"]) == 0
     content = json.loads(out.read_text())
     cells = {(r["implementation"], r["length"], r["direction"]) for r in content["results"]}
-    assert len(cells) == len(content["results"]) == 2 * 2 * 2
+    assert len(cells) == len(content["results"]) == len(names) * 2 * 2
     assert all(r["milliseconds"] > 0 and r["temporary_bytes"] >= 0 for r in content["results"])
     assert content["settings"]["d_model"] == 8
     assert content["versions"]["jax"]
