@@ -66,7 +66,7 @@ def calls(name: str, length: int, options: argparse.Namespace) -> dict[str, tupl
     keys = jax.random.split(jax.random.key(0), 3)
     shape = rows, config.num_registers + length, options.d_model
     x, cotangent = (jax.random.normal(key, shape, options.dtype) for key in keys[:2])
-    variables = layer.init(keys[2], x, angles)
+    variables = jax.jit(layer.init)(keys[2], x, angles)
 
     def forward(variables, x):
         return layer.apply(variables, x, angles)

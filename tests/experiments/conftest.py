@@ -1,12 +1,13 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.harness.compiling import without_optimizations
-from tests.harness.tiny import write_corpus
+from tests.harness.runs import HANG, environment
 
 REPOSITORY = Path(__file__).parents[2]
 SMOKE = f"--config={REPOSITORY / 'configs' / 'smoke.py'}"
@@ -19,46 +20,43 @@ def compile_quickly():
 
 
 @pytest.fixture(scope="package")
-def start(tmp_path_factory):
-    """Starts training on a small corpus; it logs and saves often, so that it can be killed."""
-    folder = tmp_path_factory.mktemp("programs")
-    arguments = [
-        SMOKE,
-        "--config.data.source=text",
-        f"--config.data.train_files={write_corpus(folder)}",
-        f"--config.data.cache_dir={folder / 'cache'}",
-        "--config.data.context_length=16",
-        "--config.train.log_every=3",
-        "--config.train.eval_every=10",
-        "--config.train.checkpoint_every=5",
-        "--config.train.steps=100",
-    ]
-    environment = {
-        **os.environ,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # Bit-identical as users compile it.
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+def start(corpus):
+    """Starts training on the small corpus; its output goes into the file `output`."""
 
-    def start(run):
-        return subprocess.Popen(
-            [sys.executable, "-m", "experiments.train", *arguments, f"--run={run}"],
+    def start(run, *options, devices=2, **variables):
+        arguments = [
+            SMOKE,
+            f"--run={run}",
+            "--config.data.source=text",
+            f"--config.data.train_files={corpus / 'stories.txt'}",
+            f"--config.data.cache_dir={corpus / 'cache'}",
+            "--config.data.context_length=16",
+            "--config.train.log_every=1",
+            "--config.train.eval_every=10",
+            "--config.train.checkpoint_every=5",
+            *options,
+        ]
+        handle, output = tempfile.mkstemp(dir=corpus)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.train", *arguments],
             cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
+            env=environment(devices, **variables),
+            stdout=handle,
             stderr=subprocess.STDOUT,
-            text=True,
         )
+        os.close(handle)
+        process.output = Path(output)
+        return process
 
     return start
 
 
-@pytest.fixture(scope="package")
-def finished(start, tmp_path_factory):
-    """The folder of a run that was never stopped. Only to be read."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    process = start(run)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    return run
+def ends(*processes):
+    """Waits for all; returns their exit statuses and what they wrote."""
+    try:
+        statuses = [process.wait(HANG) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return statuses, [process.output.read_text() for process in processes]

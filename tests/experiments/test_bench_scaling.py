@@ -61,7 +61,7 @@ def test_cut_off_it_leaves_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     out = tmp_path / "scaling.json"
     with pytest.raises(KeyboardInterrupt):
-        bench_scaling.main(["bench", RBF, *TINY, "--meshes=data", f"--out={out}"])
+        bench_scaling.main(["bench", RBF, *TINY, "--meshes=fsdp", f"--out={out}"])
     one, strong = json.loads(out.read_text())["results"]
     assert (one["devices"], strong["devices"]) == (1, 2)
     ratio = strong["tokens_per_second"] / one["tokens_per_second"]

@@ -61,7 +61,7 @@ def test_packing_counts_what_the_loss_counts(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
     out = tmp_path / "packing.json"
     sizes = ["--rounds=2", "--steps=1", "--config.data.tokenizer=bytes", *TINY[3:6]]
-    sizes += ["--config.data.context_length=2048", f"--config.data.cache_dir={tmp_path}"]
+    sizes += ["--config.data.context_length=1024", f"--config.data.cache_dir={tmp_path}"]
     argv = ["bench", f"--config={REPOSITORY / 'configs' / 'base.py'}", "--packing", *sizes]
     assert bench_training.main([*argv, f"--out={out}"]) == 0
     packed, padded = json.loads(out.read_text())["results"]

@@ -7,39 +7,24 @@ import pytest
 from PIL import Image
 
 from experiments import compare
-from rbf_jax.training import train
 from tests.harness.synthetic import write_run
-from tests.harness.tiny import tiny_config, write_corpus
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folder of a run of four steps."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_corpus(folder)
-    config = tiny_config(folder)
-    config.train.steps = 4
-    config.model.attention.learn_gamma = True
-    config.model.attention.origin_sink = True
-    train(config, folder / "run")
-    return folder / "run"
 
 
 def run(*arguments):
     return compare.main(["compare", *map(str, arguments)])
 
 
-def test_compare(trained, tmp_path, capsys):
-    shutil.copytree(trained, tmp_path / "twin")
-    shutil.copytree(trained, tmp_path / "young")
+def test_compare(sink_run, tmp_path, capsys):
+    shutil.copytree(sink_run, tmp_path / "twin")
+    shutil.copytree(sink_run, tmp_path / "young")
     shutil.rmtree(tmp_path / "young" / "checkpoints")
     (tmp_path / "young" / "summary.json").unlink()
-    folders = (trained, tmp_path / "twin", tmp_path / "young")
+    folders = (sink_run, tmp_path / "twin", tmp_path / "young")
     out = tmp_path / "report"
     assert run("--runs", ",".join(map(str, folders)), "--out", out) == 0
 
     printed = capsys.readouterr().out
-    losses = json.loads((trained / "summary.json").read_text())
+    losses = json.loads((sink_run / "summary.json").read_text())
     assert f"{losses['valid_loss']:.4f}" in printed
     text = (out / "report.md").read_text()
     for path in re.findall(r"\]\(([^)]*)\)", text):

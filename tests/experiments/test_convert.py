@@ -7,11 +7,10 @@ import pytest
 
 from experiments import config_files, convert
 from tests.harness.gpt2_folder import write_folder
-from tests.harness.tiny import write_corpus
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
+def arguments(corpus, tmp_path_factory):
     """What converts a tiny GPT-2, two steps an arm."""
     folder = tmp_path_factory.mktemp("convert")
     write_folder(folder / "gpt2")
@@ -22,8 +21,8 @@ def arguments(tmp_path_factory):
         f"--run={folder / 'run'}",
         "--arms=annealed",
         "--config.data.source=text",
-        f"--config.data.train_files={write_corpus(folder)}",
-        f"--config.data.cache_dir={folder / 'cache'}",
+        f"--config.data.train_files={corpus / 'stories.txt'}",
+        f"--config.data.cache_dir={corpus / 'cache'}",
         "--config.data.context_length=16",
         "--config.optimizer.warmup_steps=0",
         "--config.optimizer.anneal_steps=1",

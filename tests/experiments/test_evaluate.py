@@ -8,8 +8,8 @@ from rbf_jax import training
 
 
 @pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
+def run(finished_run, tmp_path):
+    return shutil.copytree(finished_run, tmp_path / "run")
 
 
 def test_a_table_and_a_file(run, capsys):
@@ -27,8 +27,8 @@ def test_a_table_and_a_file(run, capsys):
     ("arguments", "message"),
     [(["--checkpoint=3"], "holds no checkpoint 3"), (["--run=nowhere"], "no config.json is in it")],
 )
-def test_errors_are_one_line(arguments, message, finished, capsys):
-    assert evaluate.main(["evaluate", f"--run={finished}", *arguments]) == 2
+def test_errors_are_one_line(arguments, message, finished_run, capsys):
+    assert evaluate.main(["evaluate", f"--run={finished_run}", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("evaluate: ")
     assert message in error

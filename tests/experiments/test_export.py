@@ -15,16 +15,16 @@ def run(*arguments):
     return export.main(["export", *map(str, arguments)])
 
 
-def test_what_is_written_is_the_model(finished, tmp_path, capsys):
+def test_what_is_written_is_the_model(finished_run, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--checkpoint=best", "--prompt_length=9", "--capacity=30"]
-    assert run(f"--run={finished}", f"--out={out}", *flags) == 0
+    assert run(f"--run={finished_run}", f"--out={out}", *flags) == 0
     names = "config.json model.safetensors prefill.jax_export run.py step.jax_export tokenizer.json"
     assert sorted(path.name for path in out.iterdir()) == names.split()
     printed = capsys.readouterr().out.split()
     assert sorted(printed) == sorted(str(path) for path in out.iterdir())
 
-    loaded, saved = training.load_run(finished, "best"), load_model(out)
+    loaded, saved = training.load_run(finished_run, "best"), load_model(out)
     assert saved.model == loaded.model
     tokens = np.arange(16, dtype=np.int32)[None]
     apply = jax.jit(loaded.model.apply)
@@ -54,8 +54,8 @@ def test_what_is_written_is_the_model(finished, tmp_path, capsys):
         (["--prompt_length=9", "--capacity=8"], "at most capacity=8"),
     ],
 )
-def test_errors_are_one_line(finished, arguments, message, tmp_path, capsys):
-    assert run(f"--run={finished}", f"--out={tmp_path / 'out'}", *arguments) == 2
+def test_errors_are_one_line(finished_run, arguments, message, tmp_path, capsys):
+    assert run(f"--run={finished_run}", f"--out={tmp_path / 'out'}", *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("export: ")
     assert error.count("\n") == 1

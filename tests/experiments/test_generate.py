@@ -1,5 +1,4 @@
 import io
-import os
 import re
 import shutil
 import signal
@@ -13,6 +12,7 @@ from rbf_jax import training
 from rbf_jax.data import load_tokenizer
 from rbf_jax.inference import Sampling, complete
 from tests.experiments.conftest import REPOSITORY
+from tests.harness.runs import HANG, environment
 
 PROMPTS = ["fox ", "sun s"]
 
@@ -22,9 +22,9 @@ def run(*arguments):
 
 
 @pytest.fixture(scope="module")
-def expected(finished):
+def expected(finished_run):
     """Greedy texts of 8 tokens after PROMPTS."""
-    loaded, tokenizer = training.load_run(finished), load_tokenizer(finished)
+    loaded, tokenizer = training.load_run(finished_run), load_tokenizer(finished_run)
     tokens = [tokenizer.encode(prompt) for prompt in PROMPTS]
     texts = complete(
         loaded.model,
@@ -37,9 +37,9 @@ def expected(finished):
     return [prompt + tokenizer.decode(text) for prompt, text in zip(PROMPTS, texts)]
 
 
-def test_prompts_and_what_follows_them(finished, expected, capsys):
+def test_prompts_and_what_follows_them(finished_run, expected, capsys):
     flags = [f"--prompt={prompt}" for prompt in PROMPTS]
-    assert run(f"--run={finished}", *flags, "--max_tokens=8", "--temperature=0") == 0
+    assert run(f"--run={finished_run}", *flags, "--max_tokens=8", "--temperature=0") == 0
     captured = capsys.readouterr()
     assert captured.out == "".join(f"{text}\n" for text in expected)
     assert re.fullmatch(
@@ -49,15 +49,15 @@ def test_prompts_and_what_follows_them(finished, expected, capsys):
     )
 
 
-def test_the_rest_of_the_context_unless_told(finished, capsys):
+def test_the_rest_of_the_context_unless_told(finished_run, capsys):
     """16 tokens, of bytes; all of them come where no text ends."""
     flags = ["--checkpoint=best", "--temperature=0.01", "--seed=3"]
-    assert run(f"--run={finished}", "--prompt=sun sun sun", *flags) == 0
+    assert run(f"--run={finished_run}", "--prompt=sun sun sun", *flags) == 0
     assert len(capsys.readouterr().out.encode()) <= 16 + 1
 
 
-def test_exported_models_too(finished, expected, tmp_path, capsys):
-    assert export.main(["export", f"--run={finished}", f"--out={tmp_path}"]) == 0
+def test_exported_models_too(finished_run, expected, tmp_path, capsys):
+    assert export.main(["export", f"--run={finished_run}", f"--out={tmp_path}"]) == 0
     capsys.readouterr()
     flags = [f"--prompt={PROMPTS[0]}", "--max_tokens=8", "--temperature=0"]
     assert run(f"--run={tmp_path}", *flags) == 0
@@ -66,11 +66,11 @@ def test_exported_models_too(finished, expected, tmp_path, capsys):
     assert "--checkpoint=best is for runs" in capsys.readouterr().err
 
 
-def test_interactive(finished, expected, monkeypatch, capsys):
+def test_interactive(finished_run, expected, monkeypatch, capsys):
     """A prompt that cannot be is said to be wrong, and the next one asked for."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPTS[0]}\n\n{PROMPTS[1]}\n"))
     flags = ["--interactive", "--max_tokens=8", "--temperature=0"]
-    assert run(f"--run={finished}", *flags) == 0
+    assert run(f"--run={finished_run}", *flags) == 0
     captured = capsys.readouterr()
     assert captured.out == f"> {expected[0]}\n> > {expected[1]}\n> \n"
     assert "generate: prompts[0] is empty" in captured.err
@@ -102,8 +102,8 @@ def test_text_comes_piece_by_piece_and_in_order(capsys):
         (["--max_tokens=0"], "max_new_tokens=0 must be at least 1"),
     ],
 )
-def test_errors_are_one_line(finished, arguments, message, capsys):
-    assert run(f"--run={finished}", "--prompt=a", *arguments) == 2
+def test_errors_are_one_line(finished_run, arguments, message, capsys):
+    assert run(f"--run={finished_run}", "--prompt=a", *arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("generate: ")
     assert captured.err.count("\n") == 1
@@ -119,19 +119,19 @@ def test_wrong_arguments(arguments):
     assert exit_info.value.code == 2
 
 
-def test_ctrl_c_ends_cleanly(finished, tmp_path):
-    folder = shutil.copytree(finished, tmp_path / "run")
+def test_ctrl_c_ends_cleanly(finished_run, tmp_path):
+    folder = shutil.copytree(finished_run, tmp_path / "run")
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.generate", f"--run={folder}", "--prompt=fox"]
         + ["--max_tokens=1000000"],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env=environment(PYTHONUNBUFFERED="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout.read(3) == "fox"
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=HANG)
     assert process.returncode == 130, error
     assert error == "\ngenerate: interrupted.\n"

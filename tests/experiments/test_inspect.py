@@ -7,32 +7,8 @@ import pytest
 from PIL import Image
 
 from experiments import inspect
-from rbf_jax.training import train
-from tests.harness.tiny import tiny_config, write_corpus
 
 PICTURES = ["heads", "norms", "gamma-lambda", "attention"]
-
-
-@pytest.fixture(scope="module")
-def train_tiny(tmp_path_factory):
-    """Trains four steps, with changes to the configuration; returns the run's folder."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_corpus(folder)
-
-    def train_tiny(name, **changes):
-        config = tiny_config(folder)
-        config.train.steps = 4
-        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-        train(config, folder / name)
-        return folder / name
-
-    return train_tiny
-
-
-@pytest.fixture(scope="module")
-def trained(train_tiny):
-    """An RBF model with a register and an origin sink, on packed rows."""
-    return train_tiny("run", model__attention__learn_gamma=True, model__attention__origin_sink=True)
 
 
 def run(*arguments):
@@ -54,7 +30,8 @@ def read(out, printed):
     return text, json.loads((out / "numbers.json").read_text())
 
 
-def test_a_report_into_the_run_folder(trained, capsys):
+def test_a_report_into_the_run_folder(sink_run, tmp_path, capsys):
+    trained = shutil.copytree(sink_run, tmp_path / "run")
     assert run("--run", trained, "--rows", 3) == 0
     text, found = read(trained / "inspect", capsys.readouterr().out)
     assert text.startswith("# Inside run at step 4\n")
@@ -75,9 +52,8 @@ def test_a_report_into_the_run_folder(trained, capsys):
 
 
 def test_another_model(train_tiny, tmp_path, capsys):
-    folder = train_tiny(
-        "dot", model__attention__kind="dot", model__num_registers=4, data__layout="padded"
-    )
+    changes = {"model__attention__kind": "dot", "model__num_registers": 4}
+    folder = train_tiny(train__steps=4, data__layout="padded", **changes)
     assert run("--run", folder, "--out", tmp_path / "out", "--checkpoint", "best") == 0
     text, found = read(tmp_path / "out", capsys.readouterr().out)
     assert not (folder / "inspect").exists()
@@ -90,8 +66,8 @@ def test_another_model(train_tiny, tmp_path, capsys):
     assert found["text_tokens"] < 8 * 16
 
 
-def test_a_step_without_evaluation(trained, tmp_path, capsys):
-    assert run("--run", trained, "--out", tmp_path, "--checkpoint", "2", "--rows", 1) == 0
+def test_a_step_without_evaluation(sink_run, tmp_path, capsys):
+    assert run("--run", sink_run, "--out", tmp_path, "--checkpoint", "2", "--rows", 1) == 0
     text, found = read(tmp_path, capsys.readouterr().out)
     assert "| checkpoint | step 2 of 4 |" in text
     assert "| validation loss there | — |" in text
@@ -107,13 +83,13 @@ def test_a_step_without_evaluation(trained, tmp_path, capsys):
         (["--out={file}"], "file"),
     ],
 )
-def test_errors_are_one_line(arguments, message, trained, tmp_path, capsys):
+def test_errors_are_one_line(arguments, message, sink_run, tmp_path, capsys):
     young, file = tmp_path / "young", tmp_path / "file"
-    shutil.copytree(trained, young)
+    shutil.copytree(sink_run, young)
     shutil.rmtree(young / "checkpoints")
     file.touch()
     arguments = [argument.format(young=young, file=file) for argument in arguments]
-    assert run("--run", trained, "--rows=1", *arguments) == 2
+    assert run("--run", sink_run, "--rows=1", *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("inspect: ")
     assert message in error

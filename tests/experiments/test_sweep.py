@@ -13,10 +13,10 @@ import pytest
 from experiments import sweep as program
 from rbf_jax.sweeps.study import newest_checkpoint
 from tests.experiments.conftest import REPOSITORY
-from tests.harness.tiny import write_corpus
+from tests.harness.runs import HANG, environment
 
 SMOKE = "--config=configs/sweeps/smoke.py"
-STEPS = 80
+STEPS = 40
 COMPLETE = 1  # As Optuna's journal has it.
 
 
@@ -117,33 +117,26 @@ def test_a_wrong_argument_is_one_line(argument, message, capsys):
 class Program:
     """The program, running a sweep of four trials in a folder of its own."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, corpus):
         self.sweep = folder / "sweep"
         self.arguments = [
             SMOKE,
             f"--sweep={self.sweep}",
             "--config.workers=2",
             "--base.data.source=text",
-            f"--base.data.train_files={write_corpus(folder)}",
-            f"--base.data.cache_dir={folder / 'cache'}",
+            f"--base.data.train_files={corpus / 'stories.txt'}",
+            f"--base.data.cache_dir={corpus / 'cache'}",
             "--base.data.context_length=16",
             f"--base.train.steps={STEPS}",
             "--base.train.log_every=4",
             "--base.train.eval_every=20",
             "--base.train.checkpoint_every=5",
         ]
-        self.environment = {
-            **os.environ,
-            "XLA_FLAGS": "",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
 
     def start(self):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "experiments.sweep", *self.arguments],
-            env=self.environment,
+            env=environment(1),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -158,7 +151,7 @@ class Program:
         return [run for run in open_ones if newest_checkpoint(run) >= least_step]
 
     def wait_until(self, condition):
-        end = time.monotonic() + 120
+        end = time.monotonic() + HANG
         while not condition():
             assert time.monotonic() < end
             assert self.process.poll() is None, self.process.communicate()[0]
@@ -181,8 +174,8 @@ class Program:
 
 
 @pytest.fixture
-def sweep(tmp_path):
-    program = Program(tmp_path)
+def sweep(tmp_path, corpus):
+    program = Program(tmp_path, corpus)
     program.start()
     yield program
     program.process.kill()
@@ -203,7 +196,7 @@ def test_a_sweep_killed_again_and_again_trains_each_trial_once(sweep):
     finished = {run: (run / "summary.json").stat().st_mtime_ns for run in done(sweep)}
 
     sweep.start()
-    output = sweep.process.communicate(timeout=150)[0]
+    output = sweep.process.communicate(timeout=HANG)[0]
     assert sweep.process.returncode == 0, output
     assert "4 trials: 4 finished; best " in output
     assert sweep.told() == [0, 1, 2, 3]
@@ -233,7 +226,7 @@ def test_an_interrupted_sweep_leaves_no_worker(sweep):
     sweep.wait_until(lambda: sweep.in_training(5))
     (run, *_) = sweep.in_training(5)
     sweep.process.send_signal(signal.SIGINT)
-    output = sweep.process.communicate(timeout=60)[0]
+    output = sweep.process.communicate(timeout=HANG)[0]
     assert sweep.process.returncode == 130, output
     assert "the same command goes on" in output
     with pytest.raises(ProcessLookupError):

@@ -8,7 +8,8 @@ import pytest
 
 from experiments import train
 from rbf_jax.training import load_run
-from tests.experiments.conftest import REPOSITORY, SMOKE
+from tests.experiments.conftest import REPOSITORY, SMOKE, ends
+from tests.harness.runs import HANG
 from tests.harness.tiny import state_digests, without_timing
 
 
@@ -44,25 +45,38 @@ def lines_of_metrics(run):
 
 
 def stop_after_lines(process, run, lines, number):
-    """Sends a signal once the run has written so many lines of metrics; returns the output.
+    """Sends a signal once the run has written so many lines of metrics; returns what it wrote.
 
     Lines that were there before do not count: at least one is new.
     """
     lines = max(lines, lines_of_metrics(run) + 1)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG
     while lines_of_metrics(run) < lines and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(number)
-    return process.communicate(timeout=60)[0]
+    return ends(process)[1][0]
 
 
-def test_killed_at_random_moments_it_ends_as_if_never_stopped(start, finished, tmp_path):
-    once, often = finished, tmp_path / "often"
-    # The run writes 45 lines; the last few come too soon before its end to stop it there.
-    thirds = (range(1, 15), range(15, 30), range(30, 39))
-    moments = [random.Random().choice(third) for third in thirds]
-    for lines, number in zip(moments, (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
-        process = start(often)
+@pytest.mark.parametrize(
+    "signals",
+    [
+        (signal.SIGKILL, signal.SIGTERM),
+        pytest.param((signal.SIGKILL, signal.SIGTERM) * 3, marks=pytest.mark.exhaustive),
+    ],
+    ids=len,
+)
+def test_killed_at_random_moments_it_ends_as_if_never_stopped(signals, start, tmp_path):
+    once, often = tmp_path / "once", tmp_path / "often"
+    # Bit-identical as users compile it.
+    as_users = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    as_users["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    assert ends(first := start(once, **as_users))[0] == [0], first.output.read_text()
+
+    # The run writes 44 lines; the last few come too soon before its end to stop it there.
+    share = 36 // len(signals)
+    moments = [random.randrange(1 + i * share, 1 + (i + 1) * share) for i in range(len(signals))]
+    for lines, number in zip(moments, signals):
+        process = start(often, **as_users)
         output = stop_after_lines(process, often, lines, number)
         if number == signal.SIGTERM:
             assert process.returncode == 128 + number, (moments, output)
@@ -70,9 +84,8 @@ def test_killed_at_random_moments_it_ends_as_if_never_stopped(start, finished, t
         else:
             assert process.returncode == -number, (moments, output)
         assert not (often / "summary.json").exists()
-    last = start(often)
-    output = last.communicate(timeout=120)[0]
-    assert last.returncode == 0, (moments, output)
+    (status,), (output,) = ends(start(often, **as_users))
+    assert status == 0, (moments, output)
     assert "Going on from the checkpoint of step" in output
 
     assert without_timing(often / "metrics.jsonl") == without_timing(once / "metrics.jsonl")

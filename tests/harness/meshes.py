@@ -1,11 +1,6 @@
-"""One training step after another on several meshes of 8 CPU devices; prints JSON.
+"""One training step after another on several meshes of CPU devices, for test_meshes.py."""
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.harness.meshes
-
-A process of its own, since the number of devices cannot change: test_meshes.py looks at the result.
-"""
-
-import json
+import functools
 import re
 
 import jax
@@ -31,7 +26,7 @@ CASES = {
     "all": (1, 2, 2, 2, 2, True),
 }
 # Where the other two steps are compiled too.
-EVALUATED = ("one", "seq", "mixed")
+EVALUATED = ("one", "seq", "mixed", "all")
 
 
 def make_batches():
@@ -70,8 +65,10 @@ def make_config(data, fsdp, tensor, seq, accumulate_steps, remat):
     return config
 
 
-def run(config, evaluated):
-    """Trains a few steps; returns what they computed, and how it was laid out."""
+@functools.cache
+def run(name):
+    """Trains a few steps of a case; returns what they computed, and how it was laid out."""
+    config = make_config(*CASES[name])
     sizes = config.mesh.to_dict()
     devices = jax.local_devices()[: int(np.prod(list(sizes.values())))]
     validate(config, len(devices))
@@ -91,14 +88,14 @@ def run(config, evaluated):
         for path, array in jax.tree_util.tree_leaves_with_path(state.opt_state)
     }
     kernel = moments["mlp/in/kernel"]
-    evaluation = evaluate(mesh, model, state.params, placed) if evaluated else {}
+    evaluation = evaluate(mesh, model, state.params, placed) if name in EVALUATED else {}
     return evaluation | {
         "initial": initial,
         "metrics": metrics,
         "params": values_of(state.params),
         "tokens_of_a_device": placed["inputs"].addressable_shards[0].data.size,
         "part_of_a_moment": kernel.addressable_shards[0].data.size / kernel.size,
-        "share": data_share(mesh),
+        "share": list(data_share(mesh)),
         "gathered": gathered(step),
     }
 
@@ -116,7 +113,7 @@ def compile_wide():
     """
     config = make_config(*CASES["fsdp"])
     config.model.d_model = 512
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, jax.local_devices())
     model = CausalLM(model_config(config, V))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     return gathered(
@@ -140,10 +137,3 @@ def evaluate(mesh, model, params, batch):
         "eval": [float(loss), int(targets)],
         "inspect": {name: np.asarray(value).tolist() for name, value in inspected.items()},
     }
-
-
-if __name__ == "__main__":
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
-    results = {name: run(make_config(*case), name in EVALUATED) for name, case in CASES.items()}
-    results["wide"] = {"gathered": compile_wide()}
-    print(json.dumps(results))

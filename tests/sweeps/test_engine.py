@@ -12,6 +12,7 @@ from rbf_jax.sweeps import engine, space
 from rbf_jax.sweeps.engine import Pool, WorkersFailed
 from rbf_jax.sweeps.study import SweepStudy
 from rbf_jax.sweeps.sweep import Sweep, SweepFolder
+from tests.harness.runs import HANG
 
 
 class Job:
@@ -160,7 +161,7 @@ from rbf_jax.sweeps.sweep import SweepFolder
 folder = SweepFolder(sys.argv[1])
 lock = folder.try_lock("worker_0")
 folder.sign(lock)
-time.sleep(60)
+time.sleep(900)
 """
 
 
@@ -171,7 +172,7 @@ def test_workers_of_a_parent_that_was_killed_are_stopped_too(make):
         time.sleep(0.05)
         assert process.poll() is None
     pool.stop()
-    assert process.wait(10) == -signal.SIGTERM
+    assert process.wait(HANG) == -signal.SIGTERM
     assert pool._folder.holder("worker_0") is None
 
 
@@ -186,7 +187,7 @@ def test_a_process_of_another_machine_is_not_touched(make, monkeypatch):
 
 def test_what_starts_ignores_the_terminals_interrupt():
     with engine._without_interrupts():
-        process = subprocess.Popen(["sleep", "30"])
+        process = subprocess.Popen(["sleep", str(HANG)])
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)
     assert process.poll() is None

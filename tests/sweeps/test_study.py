@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 from rbf_jax.sweeps import space
 from rbf_jax.sweeps.study import SweepStudy
 from rbf_jax.sweeps.sweep import Sweep, SweepFolder
+from tests.harness.runs import HANG
 
 LR, KIND = "optimizer.learning_rate", "model.attention.kind"
 BASE = {"seed": 0, "optimizer": {"learning_rate": 0.1}, "model": {"attention": {"kind": "rbf"}}}
@@ -211,7 +212,7 @@ def test_processes_share_the_trials(make):
     processes = [context.Process(target=_claim_all, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
-    numbers = [number for _ in processes for number in queue.get(timeout=60)]
+    numbers = [number for _ in processes for number in queue.get(timeout=HANG)]
     for process in processes:
         process.join()
     assert sorted(numbers) == list(range(20))
@@ -225,7 +226,7 @@ def test_a_trial_is_taken_under_the_lock_of_the_study(make):
         thread.join(0.5)
         assert thread.is_alive()
         assert not claimed
-    thread.join(30)
+    thread.join(HANG)
     assert [claim.trial.number for claim in claimed] == [0]
 
 

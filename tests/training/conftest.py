@@ -1,11 +1,8 @@
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
-from rbf_jax.training import train
 from tests.harness.compiling import without_optimizations
-from tests.harness.tiny import tiny_config, write_corpus
+from tests.harness.tiny import tiny_config
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -14,42 +11,9 @@ def compile_quickly():
         yield
 
 
-@pytest.fixture(scope="package", autouse=True)
-def compile_once(tmp_path_factory):
-    """Runs that are stopped and taken up again compile the same functions: from a cache here."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="package")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
-
-
 @pytest.fixture
 def config(corpus):
     return tiny_config(corpus)
-
-
-@pytest.fixture(scope="package")
-def finished_run(corpus, tmp_path_factory):
-    """The folder of a run that was never stopped. Only to be read."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    train(tiny_config(corpus), folder)
-    return folder
 
 
 @pytest.fixture(scope="package")

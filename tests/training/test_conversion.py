@@ -20,11 +20,12 @@ from tests.harness.tiny import tiny_config
 def dot_run(corpus, tmp_path_factory):
     """A dot-product model of learned positions, trained a little. Only to be read."""
     folder = tmp_path_factory.mktemp("dot") / "run"
-    config = tiny_config(corpus)
+    config = conversion(corpus)
+    config.model = tiny_config(corpus).model
+    config.optimizer.anneal_steps = 0  # Then the control arm compiles nothing of its own.
     config.model.attention.kind = "dot"
     config.model.positions = "learned"
     config.model.num_registers = 0
-    config.optimizer.learning_rate = 0.1  # for keys that are not small
     train(config, folder)
     return folder
 
@@ -35,6 +36,7 @@ def conversion(corpus):
     config.model = base.model()
     config.optimizer.anneal_steps = 3
     config.optimizer.warmup_steps = 1
+    config.optimizer.learning_rate = 0.5  # For keys that are not small.
     config.train.steps = 4
     config.train.eval_every = 2
     return config

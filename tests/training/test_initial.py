@@ -53,12 +53,16 @@ def _killed_at(save, step):
     return wrapped
 
 
-def test_the_parameters_at_the_start_are_the_others(config, tmp_path, finished_run):
-    config.optimizer.learning_rate, config.optimizer.final_learning_rate = 1e-30, 0.0
+def test_the_parameters_at_the_start_are_the_others(config, tmp_path, finished_run, monkeypatch):
+    def not_trained(self, stop):
+        old, new = load_run(finished_run).variables["params"], self.state.params
+        jax.tree.map(np.testing.assert_array_equal, new, old)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "run", not_trained)
     config.train.init_from, config.seed = str(finished_run), 5
-    train(config, tmp_path)
-    old, new = load_run(finished_run).variables, load_run(tmp_path).variables
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-25), new, old)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path)
 
 
 def test_longer_tables_of_positions_are_cut_and_a_dial_is_added(tmp_path):

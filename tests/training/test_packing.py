@@ -50,7 +50,7 @@ def _of_documents(batch, losses):
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_documents_have_the_losses_and_gradients_of_unpacked_ones(name, batches):
     attention, changes = MODELS[name]
-    sizes = {"num_layers": 2, "d_model": 16, "num_heads": 2, "vocab_size": 257}
+    sizes = {"num_layers": 1, "d_model": 16, "num_heads": 2, "vocab_size": 257}
     config = TransformerConfig(
         context_length=T, attention=AttentionConfig(**attention), **sizes, **changes
     )

@@ -1,0 +1,60 @@
+"""Runs trained once in each pytest process, for the tests of all programs that read one.
+
+A plugin of every test: what needs more than JAX is imported where it is used.
+"""
+
+import os
+import re
+
+import pytest
+
+# Seconds that only a process that hangs needs, on a slow and busy machine too.
+HANG = 900
+
+
+def environment(devices=2, **changes):
+    """Returns this process's environment with another number of CPU devices."""
+    flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+    return {**os.environ, "XLA_FLAGS": flags, **changes}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """The folder of the small corpus."""
+    from tests.harness.tiny import write_corpus
+
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_tiny(corpus, tmp_path_factory):
+    """Trains `tiny_config` with changes, given as `model__d_model=8`; returns the run folder."""
+    from rbf_jax.training import train
+    from tests.harness.compiling import without_optimizations
+    from tests.harness.tiny import tiny_config
+
+    def train_tiny(**changes):
+        config = tiny_config(corpus)
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+        folder = tmp_path_factory.mktemp("trained") / "run"
+        with without_optimizations():
+            train(config, folder)
+        return folder
+
+    return train_tiny
+
+
+@pytest.fixture(scope="session")
+def finished_run(train_tiny):
+    """The folder of a run of 12 steps that was never stopped. Only to be read."""
+    return train_tiny()
+
+
+@pytest.fixture(scope="session")
+def sink_run(train_tiny):
+    """The folder of a run of 4 steps with learned γ and an origin sink. Only to be read."""
+    return train_tiny(
+        train__steps=4, model__attention__learn_gamma=True, model__attention__origin_sink=True
+    )
