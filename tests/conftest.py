@@ -21,6 +21,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not i
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# Compiling is most of what tests take. Without LLVM's optimizations and XLA's newer code generator
+# for fusions it takes an eighth of the time; tests/harness/compiling.py compiles as users do.
+_COMPILE_QUICKLY = (
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false"
+)
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 
@@ -36,11 +43,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
-    """Few drawn examples by default; many where exhaustive tests are run too."""
+    """Few drawn examples and quick compiling by default; neither where exhaustive tests run too."""
     few = hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
     hypothesis.settings.register_profile("default", few)
     hypothesis.settings.register_profile("exhaustive", few, max_examples=50)
     every = config.getoption("markexpr") != "not exhaustive"
+    if not every and os.environ["JAX_PLATFORMS"] == "cpu":
+        os.environ["XLA_FLAGS"] += _COMPILE_QUICKLY  # Read when JAX first compiles.
     hypothesis.settings.load_profile("exhaustive" if every else "default")
 
 
