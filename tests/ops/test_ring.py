@@ -6,22 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 from tests.harness import cases, contract
-from tests.harness.collectives import collectives
+from tests.harness.collectives import collectives, mesh_of
 
 XLA = functools.partial(rbf_attention, implementation="xla")
 SUBJECT = contract.Subject("xla on many devices", XLA)
-
-
-def mesh_of(**sizes):
-    devices = jax.local_devices()[: int(np.prod(list(sizes.values())))]
-    types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
 
 
 def violations(case, dtype, mesh):
