@@ -19,3 +19,11 @@ def without_optimizations() -> Iterator[None]:
             yield
     finally:
         jax.config.update(name, before)
+
+
+# What `tests/conftest.py` turns off in the default run.
+AS_USERS_COMPILE = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}
