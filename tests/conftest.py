@@ -5,14 +5,16 @@ import shutil
 import signal
 import tempfile
 
+from tests.harness.compiling import QUICKLY
+
 # Set before jax is imported: `make test-gpu` says JAX_PLATFORMS=cuda,cpu.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "")
 if "host_platform_device_count" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
-# XLA's older emitters compile a training step in a third of the time.
-if "fusion_emitters" not in os.environ["XLA_FLAGS"]:
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# Workers and child processes inherit what was added.
+if os.environ["JAX_PLATFORMS"] == "cpu" and QUICKLY[0] not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += "".join(f" {flag}" for flag in QUICKLY)
 # A thread for each warpgroup of an interpreted Mosaic kernel: with fewer they would deadlock.
 os.environ.setdefault("NPROC", "8")
 

@@ -11,7 +11,6 @@ import pytest
 from experiments import config_files
 from rbf_jax.training import train
 from tests.harness.commands import PROGRAMS, arguments, commands_in
-from tests.harness.compiling import compile_quickly  # noqa: F401
 from tests.harness.tiny import tiny_config, write_corpus
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -9,7 +9,6 @@ import pytest
 from experiments import config_files, figures, sweep
 from rbf_jax.analysis import claims
 from tests.harness.commands import PROGRAMS, arguments, commands_in
-from tests.harness.compiling import compile_quickly  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

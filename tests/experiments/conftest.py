@@ -6,17 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.compiling import without_optimizations
 from tests.harness.runs import HANG, environment
 
 REPOSITORY = Path(__file__).parents[2]
 SMOKE = f"--config={REPOSITORY / 'configs' / 'smoke.py'}"
-
-
-@pytest.fixture(scope="package", autouse=True)
-def compile_quickly():
-    with without_optimizations():
-        yield
 
 
 @pytest.fixture(scope="package")

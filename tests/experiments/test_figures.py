@@ -236,7 +236,7 @@ def test_all_at_the_smoke_scale(tmp_path):
         *("--nomembers", f"--out={tmp_path}", f"--base.data.cache_dir={tmp_path / 'cache'}"),
     ]
     # All seeds on one device: less to compile.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    one_device = environment(1)
 
     def run():
         return subprocess.run(

@@ -67,9 +67,7 @@ def stop_after_lines(process, run, lines, number):
 )
 def test_killed_at_random_moments_it_ends_as_if_never_stopped(signals, start, tmp_path):
     once, often = tmp_path / "once", tmp_path / "often"
-    # Bit-identical as users compile it.
-    as_users = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-    as_users["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    as_users = {"as_users_compile": True}  # Bit-identical as they have it.
     assert ends(first := start(once, **as_users))[0] == [0], first.output.read_text()
 
     # The run writes 44 lines; the last few come too soon before its end to stop it there.

@@ -1,28 +1,19 @@
-"""Where compiling is most of what a test takes: programs that are small, and many."""
+"""How tests compile: quickly on a CPU, as users do where a test asks for it.
 
-import contextlib
-from collections.abc import Iterator
+Compiling is most of what tests take. Without LLVM's optimizations and XLA's newer code generator
+for fusions it takes an eighth of the time.
+"""
 
-import jax
-import pytest
+# Of XLA_FLAGS; tests/conftest.py adds them.
+QUICKLY = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+)
 
-
-@contextlib.contextmanager
-def without_optimizations() -> Iterator[None]:
-    """Leaves out LLVM's optimizations, here and in processes started here; XLA's own stay."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(name.upper(), "1")
-            yield
-    finally:
-        jax.config.update(name, before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly() -> Iterator[None]:
-    """`without_optimizations` for the tests of a file, or of a folder by its conftest.py."""
-    with without_optimizations():
-        yield
+# The same options with their default values, for `compiler_options` of a single program.
+AS_USERS_COMPILE = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}

@@ -146,13 +146,13 @@ def _subjects():
 SUBJECTS = {subject.name: subject for subject in _subjects()}
 
 
-def program_of(subject: Subject, static: tuple, gamma: float | None):
+def program_of(subject: Subject, static: tuple, gamma: float | None, compiler_options=None):
     """What computes the output, the logsumexp and all gradients; NaN where the subject has none.
 
     `static` options are part of the program, and so is `gamma` where it is no argument.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options)
     def program(arrays, options):
         q, k, v, gamma_array, key_norm_weight, dout, dlogsumexp = arrays
 

@@ -8,13 +8,17 @@ import re
 
 import pytest
 
+from tests.harness.compiling import QUICKLY
+
 # Seconds that only a process that hangs needs, on a slow and busy machine too.
 HANG = 900
 
 
-def environment(devices=2, **changes):
+def environment(devices=2, *, as_users_compile=False, **changes):
     """Returns this process's environment with another number of CPU devices."""
     flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+    if as_users_compile:
+        flags = " ".join(flag for flag in flags.split() if flag not in QUICKLY)
     return {**os.environ, "XLA_FLAGS": flags, **changes}
 
 
@@ -32,15 +36,13 @@ def corpus(tmp_path_factory):
 def train_tiny(corpus, tmp_path_factory):
     """Trains `tiny_config` with changes, given as `model__d_model=8`; returns the run folder."""
     from rbf_jax.training import train
-    from tests.harness.compiling import without_optimizations
     from tests.harness.tiny import tiny_config
 
     def train_tiny(**changes):
         config = tiny_config(corpus)
         config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
         folder = tmp_path_factory.mktemp("trained") / "run"
-        with without_optimizations():
-            train(config, folder)
+        train(config, folder)
         return folder
 
     return train_tiny

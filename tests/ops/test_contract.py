@@ -1,6 +1,6 @@
 """Every implementation on every case: values and all gradients against float64, or a refusal."""
 
-import contextlib
+import functools
 
 import hypothesis
 import jax
@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 
 from rbf_jax import rbf_attention
-from tests.harness import cases, contract
-from tests.harness.compiling import without_optimizations
+from tests.harness import cases, contract, selected
+from tests.harness.compiling import AS_USERS_COMPILE
 from tests.harness.oracle import oracle
+
+
+def _marks(subject, case):
+    """Many blocks say little about plain formulas, which have none."""
+    plain = subject.name in ("reference", "cudnn arithmetic") and jax.default_backend() == "cpu"
+    return [pytest.mark.exhaustive] if plain and max(case.T, case.S) >= 300 else []
 
 
 def _runs():
@@ -22,16 +28,29 @@ def _runs():
                 if dtype == "float64":  # has a test of its own
                     continue
                 if dtype == subject.dtypes[0] or case.name in cases.IN_16_BITS:
-                    yield pytest.param(
-                        subject, case, dtype, id=f"{subject.name}-{case.name}-{dtype}"
-                    )
+                    name = f"{subject.name}-{case.name}-{dtype}"
+                    yield pytest.param(subject, case, dtype, id=name, marks=_marks(subject, case))
 
 
 @pytest.mark.parametrize(("subject", "case", "dtype"), list(_runs()))
 def test_values_and_gradients(subject, case, dtype):
-    quick = subject.name == "reference"  # The others as users compile them.
-    with without_optimizations() if quick else contextlib.nullcontext():
-        assert not contract.violations(subject, case, dtype)
+    assert not contract.violations(subject, case, dtype)
+
+
+AS_USERS = [
+    ("everything", "float32"),
+    ("several_blocks", "bfloat16"),
+    ("far_keys_causal", "float32"),
+]
+XLA_RUNS = [(run.values[1].name, run.values[2]) for run in _runs() if run.values[0].name == "xla"]
+
+
+@pytest.mark.parametrize(("case", "dtype"), selected.by_default(AS_USERS, XLA_RUNS))
+def test_as_users_compile(case, dtype):
+    """The other tests compile without most optimizations."""
+    make = functools.partial(contract.program_of, compiler_options=AS_USERS_COMPILE)
+    subject = contract.SUBJECTS["xla"]
+    assert not contract.violations(subject, cases.BY_NAME[case], dtype, make=make)
 
 
 @pytest.mark.parametrize("name", ["reference", "xla"])

@@ -1,14 +1,7 @@
 import numpy as np
 import pytest
 
-from tests.harness.compiling import without_optimizations
 from tests.harness.tiny import tiny_config
-
-
-@pytest.fixture(scope="package", autouse=True)
-def compile_quickly():
-    with without_optimizations():
-        yield
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
@@ -15,7 +15,7 @@ from rbf_jax.ops.cache import KeysValues
 from rbf_jax.ops.partition import by_batch_and_heads
 from rbf_jax.ops.triton import launch
 from rbf_jax.ops.types import Inputs, Masking, Options
-from tests.harness.collectives import collectives
+from tests.harness.collectives import collectives, mesh_of
 
 SPECS = [P("x"), P("x", None, "y"), P(None, None, "y"), P(("x", "y"))]
 B, T, S, H = 8, 12, 20, 16
@@ -23,7 +23,7 @@ B, T, S, H = 8, 12, 20, 16
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    return mesh_of(x=2, y=4)
 
 
 def place(mesh, spec, N, K):

@@ -6,22 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 from tests.harness import cases, contract
-from tests.harness.collectives import collectives
+from tests.harness.collectives import collectives, mesh_of
 
+exhaustive = pytest.mark.exhaustive
 XLA = functools.partial(rbf_attention, implementation="xla")
 SUBJECT = contract.Subject("xla on many devices", XLA)
-
-
-def mesh_of(**sizes):
-    devices = jax.local_devices()[: int(np.prod(list(sizes.values())))]
-    types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
 
 
 def violations(case, dtype, mesh):
@@ -88,8 +83,17 @@ def test_sequences(case):
     assert not violations(case, "float32", mesh_of(seq=4))
 
 
-@pytest.mark.parametrize("name", ["causal_filled_up", "full", "everything"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("everything", "bfloat16"),
+        ("causal_filled_up", "float16"),
+        pytest.param("full", "bfloat16", marks=exhaustive),
+        pytest.param("full", "float16", marks=exhaustive),
+        pytest.param("causal_filled_up", "bfloat16", marks=exhaustive),
+        pytest.param("everything", "float16", marks=exhaustive),
+    ],
+)
 def test_sequences_in_16_bits(name, dtype):
     case = next(case for case in CASES if case.name == name)
     assert not violations(case, dtype, mesh_of(seq=8))
@@ -100,9 +104,9 @@ def test_sequences_in_16_bits(name, dtype):
     [
         {"data": 2, "fsdp": 1, "tensor": 2, "seq": 2},
         {"data": 2, "tensor": 2},
-        {"fsdp": 2, "seq": 4},
-        {"data": 2, "another": 2},
         {"seq": 2, "another": 2},
+        pytest.param({"fsdp": 2, "seq": 4}, marks=exhaustive),
+        pytest.param({"data": 2, "another": 2}, marks=exhaustive),
     ],
     ids=str,
 )

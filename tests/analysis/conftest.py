@@ -1,1 +1,0 @@
-from tests.harness.compiling import compile_quickly  # noqa: F401
