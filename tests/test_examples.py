@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import pytest
 
-
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 

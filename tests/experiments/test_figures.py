@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from experiments.figure_runs import Experiment
 from rbf_jax.analysis import claims, records
 from rbf_jax.analysis.variants import Variant
 from rbf_jax.training import TrainingStopped, ensemble, ensemble_programs
+from tests.harness.runs import HANG, environment
 from tests.harness.synthetic_records import make_record
 from tests.harness.tiny import write_corpus
 
@@ -235,17 +235,15 @@ def test_all_at_the_smoke_scale(tmp_path):
         *(sys.executable, "-m", "experiments.figures", "--figure=all", "--scale=smoke"),
         *("--nomembers", f"--out={tmp_path}", f"--base.data.cache_dir={tmp_path / 'cache'}"),
     ]
-    # All seeds on one device: less to compile.
-    one_device = environment(1)
 
     def run():
         return subprocess.run(
             command,
             cwd=REPOSITORY,
-            env=environment,
+            env=environment(1),  # All seeds on one device: less to compile.
             capture_output=True,
             text=True,
-            timeout=4 * 3600,
+            timeout=4 * HANG,
         )
 
     first = run()

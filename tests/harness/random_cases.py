@@ -151,18 +151,19 @@ def describe(case):
 
 def work(seeds, implementation, interpret, reports):
     """Runs in a process of its own: reports (seed, violations) of each."""
-    if interpret:
-        import tests.harness.triton_interpreter  # noqa: F401
-    else:
-        from rbf_jax.ops.triton import launch
-
-        if launch.unavailable():
-            raise SystemExit(f"{implementation!r} {launch.unavailable()}: --interpret")
+    from rbf_jax.ops.triton import launch
     from tests.harness import contract
 
-    make_program = functools.lru_cache(maxsize=1)(contract.program_of)
-    for seed in seeds:
-        reports.put((seed, violations(seed, make_program, implementation)))
+    with contextlib.ExitStack() as stack:
+        if interpret:
+            from tests.harness import triton_interpreter
+
+            stack.enter_context(triton_interpreter.interpreted())
+        if launch.unavailable():
+            raise SystemExit(f"{implementation!r} {launch.unavailable()}: --interpret")
+        make_program = functools.lru_cache(maxsize=1)(contract.program_of)
+        for seed in seeds:
+            reports.put((seed, violations(seed, make_program, implementation)))
 
 
 def run(seeds, *, implementation, interpret, workers):
@@ -207,7 +208,7 @@ def main():
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "2"
     if given.interpret:
-        os.environ |= {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
     if given.interpret and given.implementation != "triton":
         parser.error("--interpret is for --implementation=triton")

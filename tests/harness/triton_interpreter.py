@@ -1,21 +1,30 @@
-"""Runs the Triton kernels without a GPU, by Triton's interpreter; to be imported before Triton.
+"""Runs the Triton kernels without a GPU, by Triton's interpreter.
 
-A process that has imported this runs `implementation="triton"` on the CPU: the kernel launches are
-calls of the interpreter on NumPy arrays, through `jax.pure_callback`. What surrounds them, and the
-kernels' source, are those of the GPU. Outputs start as NaN, so that an unwritten element shows.
+Within `interpreted()`, `implementation="triton"` runs on the CPU: kernel launches are calls of the
+interpreter on NumPy arrays, through `jax.pure_callback`. What surrounds them, and the kernels'
+source, are those of the GPU. Outputs start as NaN, so that an unwritten element shows.
+
+`@triton.jit` decides at import whether a function is compiled or interpreted. Here it is always
+compiled: the context replaces the compiled functions of this project and of Triton's language by
+interpreted ones and puts them back, so that one process can do both.
 """
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
+import contextlib
+import functools
+import sys
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import triton.experimental.gluon  # noqa: F401 (imported by a launch, and takes compiled functions)
+from triton import language as tl
 from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
 
 from rbf_jax.ops import nvidia
-from rbf_jax.ops.triton import attention, launch
+from rbf_jax.ops.triton import attention, backward, decode_kernels, forward, launch  # noqa: F401
 
 _NAMES = {
     "bfloat16": "bf16",
@@ -69,12 +78,6 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle(data, d.dtype.scalar)
 
 
-def _patch_tensor(tensor, scope, patch=interpreter._patch_lang_tensor):
-    """Scalars are arrays of one element there, which NumPy ≥ 2.4 does not take for an index."""
-    patch(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-
 def _run(kernel, inputs, outputs, *, programs, constants, tiles, aliases=None):
     is_array = [not isinstance(x, int) for x in inputs]
 
@@ -97,10 +100,51 @@ def _run(kernel, inputs, outputs, *, programs, constants, tiles, aliases=None):
     return list(jax.pure_callback(call, tuple(outputs), *arrays))
 
 
-interpreter.InterpreterBuilder.create_dot = _dot
-interpreter.InterpreterBuilder.cast_impl = _cast
-interpreter._patch_lang_tensor = _patch_tensor
-launch.run = _run
-launch.unavailable = lambda: None
-nvidia.target = lambda: nvidia.Target("Triton's interpreter", 90)
-attention._GATE_PROGRAMS = 2
+@functools.cache
+def _interpreted(function: JITFunction) -> interpreter.InterpretedFunction:
+    return interpreter.InterpretedFunction(function.fn)
+
+
+@contextlib.contextmanager
+def _language():
+    """Within it Triton's language computes on NumPy arrays.
+
+    The interpreter does this again for every call of a function, which takes most of its time.
+    """
+    scope = interpreter._LangPatchScope()
+    everywhere = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    language = interpreter._patch_lang(everywhere)
+    # Scalars are arrays of one element, which NumPy ≥ 2.4 does not take for an index.
+    scope.set_attr(tl.tensor, "__index__", lambda self: self.handle.data.item())
+    scope.set_attr(interpreter, "_patch_lang", lambda _: interpreter._LangPatchScope())
+    try:
+        yield
+    finally:
+        scope.restore()
+        language.restore()
+
+
+@contextlib.contextmanager
+def interpreted():
+    """Kernels of programs that are traced and run within it are interpreted."""
+    replaced = [
+        (module, name, _interpreted(value))
+        for path, module in list(sys.modules.items())
+        if path.startswith(("triton.language", "rbf_jax.ops.triton."))
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction)
+    ]
+    replaced += [
+        (interpreter.InterpreterBuilder, "create_dot", _dot),
+        (interpreter.InterpreterBuilder, "cast_impl", _cast),
+        (launch, "run", _run),
+        (launch, "unavailable", lambda: None),
+        # Programs are kept by it: none of them is taken for one that is compiled.
+        (nvidia, "target", lambda: nvidia.Target("Triton's interpreter", 90)),
+        (attention, "_GATE_PROGRAMS", 2),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in replaced:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(_language())
+        yield

@@ -10,7 +10,7 @@ import pytest
 from rbf_jax.ops import nvidia
 from rbf_jax.ops.triton import decode
 
-SWEEP = Path(__file__).parents[2] / "docs" / "measurements" / "decode_sweep_gpu.json"
+SWEEP = Path(__file__).parents[3] / "docs" / "measurements" / "decode_sweep_gpu.json"
 ROWS = json.loads(SWEEP.read_text())["results"]
 CELLS = sorted({(r["batch"], r["length"], r["heads"], r["kv_heads"]) for r in ROWS})
 H100 = nvidia.Target("NVIDIA H100 80GB HBM3", 90, 132)

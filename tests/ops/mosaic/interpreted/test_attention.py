@@ -12,32 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rbf_jax.ops import nvidia, reference
 from rbf_jax.ops.mosaic import attention, forward
 from rbf_jax.ops.mosaic.tiles import Tiles, override_tiles
-from rbf_jax.ops.ring import Ring, ring_attention
-from rbf_jax.ops.types import Inputs, Masking, Options
-from tests.harness import adversarial, cases, contract
-from tests.harness.mosaic_interpreter import interpreted
+from rbf_jax.ops.types import Options
+from tests.harness import adversarial, cases, contract, kernels
+from tests.harness.selected import by_default
 
 TILES = Tiles(block_k=64)
 MANY_VISITS = Tiles(block_k=64, visits=3)
 TWO_KERNELS = Tiles(block_k=64, pingpong=False)
 ONE_KERNEL = dataclasses.replace(TWO_KERNELS, one_kernel=True)
 ADVERSARIAL = {case.name: case for case in adversarial.CASES}
-FORWARD = [
-    ("multi_query", "bfloat16", Tiles(block_k=64, consumers=1, pingpong=False)),
-    ("causal_more_queries", "bfloat16", Tiles(block_k=64, consumers=3, pingpong=False)),
-]
-GRADIENTS = [
-    ("multi_query", "bfloat16", dataclasses.replace(TWO_KERNELS, consumers=1)),
-    ("window_two_sided", "bfloat16", TWO_KERNELS),
-    ("lengths_and_sink", "float16", TWO_KERNELS),
-    ("alibi", "bfloat16", TWO_KERNELS),
-    ("grouped", "bfloat16", ONE_KERNEL),
-    ("window_two_sided", "float16", dataclasses.replace(ONE_KERNEL, stages=3)),
-    ("lengths_and_sink", "float16", ONE_KERNEL),
-]
 LENGTHS_AND_SINK = cases.case(
     "lengths_and_sink",
     origin_sink=True,
@@ -45,6 +30,22 @@ LENGTHS_AND_SINK = cases.case(
     key_value_seq_lengths=lambda *_: np.array([33, 11], np.int32),
 )
 BY_NAME = {**cases.BY_NAME, LENGTHS_AND_SINK.name: LENGTHS_AND_SINK}
+# Rules together, heads that are filled up, and more tiles of keys than stages.
+TILES_AND_RULES = {
+    "T": 130,
+    "S": 300,
+    "B": 1,
+    "N": 2,
+    "K": 1,
+    "H": 80,
+    "per_head": True,
+    "origin_sink": True,
+    "alibi_slopes": lambda B, N, *_: 0.1 * np.arange(N),
+    "query_seq_lengths": lambda *_: np.array([100], np.int32),
+    "key_value_seq_lengths": lambda *_: np.array([270], np.int32),
+}
+CAUSAL = cases.case("all_causal", is_causal=True, **TILES_AND_RULES)
+WINDOW = cases.case("all_window", local_window_size=(150, 9), **TILES_AND_RULES)
 STEPS = cases.case("steps", T=130, S=300, B=1, N=1, K=1)
 # Some of the steps are within all rules, others are not.
 WHOLE_STEPS = cases.case(
@@ -57,14 +58,6 @@ WHOLE_STEPS = cases.case(
     local_window_size=(270, 0),
     key_value_seq_lengths=lambda *_: np.array([256, 140], np.int32),
 )
-
-
-@pytest.fixture(autouse=True)
-def _interpreter(monkeypatch):
-    monkeypatch.setattr(nvidia, "unavailable", lambda: None)
-    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("NVIDIA H100 80GB HBM3", 90))
-    with interpreted():
-        yield
 
 
 def _forward_violations(case, dtype="bfloat16", tiles=TILES):
@@ -84,21 +77,40 @@ def _forward_violations(case, dtype="bfloat16", tiles=TILES):
         return contract.violations(contract.MOSAIC, case, dtype, make=make)
 
 
-def _ids(runs):
-    return [f"{name}-{dtype}-{'one' if tiles.one_kernel else 'two'}" for name, dtype, tiles in runs]
+def _id(x):
+    kernels = {True: "one_kernel", False: "two_kernels"}.get(getattr(x, "one_kernel", None))
+    return getattr(x, "name", kernels or x)
 
 
-@pytest.mark.parametrize(("name", "dtype", "tiles"), FORWARD, ids=_ids(FORWARD))
-def test_values(name, dtype, tiles):
-    assert not _forward_violations(BY_NAME[name], dtype, tiles)
+@pytest.mark.parametrize(
+    ("name", "consumers"),
+    by_default([("multi_query", 1)], [("multi_query", 1), ("causal_more_queries", 3)]),
+)
+def test_consumers(name, consumers):
+    tiles = Tiles(block_k=64, consumers=consumers, pingpong=False)
+    assert not _forward_violations(BY_NAME[name], tiles=tiles)
 
 
-@pytest.mark.parametrize(("name", "dtype", "tiles"), GRADIENTS, ids=_ids(GRADIENTS))
-def test_values_and_gradients(name, dtype, tiles):
+GRADIENTS = [
+    (CAUSAL, "bfloat16", TWO_KERNELS),
+    (WINDOW, "float16", ONE_KERNEL),
+    (BY_NAME["multi_query"], "bfloat16", dataclasses.replace(TWO_KERNELS, consumers=1)),
+    (BY_NAME["window_two_sided"], "bfloat16", TWO_KERNELS),
+    (LENGTHS_AND_SINK, "float16", TWO_KERNELS),
+    (BY_NAME["alibi"], "bfloat16", TWO_KERNELS),
+    (BY_NAME["grouped"], "bfloat16", ONE_KERNEL),
+    (BY_NAME["window_two_sided"], "float16", dataclasses.replace(ONE_KERNEL, stages=3)),
+    (LENGTHS_AND_SINK, "float16", ONE_KERNEL),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "tiles"), by_default(GRADIENTS[:2], GRADIENTS), ids=_id)
+def test_values_and_gradients(case, dtype, tiles):
     with override_tiles(TILES, tiles):
-        assert not contract.violations(contract.MOSAIC, BY_NAME[name], dtype)
+        assert not contract.violations(contract.MOSAIC, case, dtype)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backward", [TWO_KERNELS, ONE_KERNEL], ids=["two", "one"])
 @pytest.mark.parametrize("case", [STEPS, WHOLE_STEPS], ids=lambda case: case.name)
 def test_more_steps_than_stages(case, backward):
@@ -106,6 +118,7 @@ def test_more_steps_than_stages(case, backward):
         assert not contract.violations(contract.MOSAIC, case, "bfloat16")
 
 
+@pytest.mark.exhaustive
 def test_more_steps_than_stages_in_float16():
     assert not _forward_violations(STEPS, "float16")
 
@@ -121,14 +134,17 @@ def test_gate_of_one_tile_of_many():
     assert not _forward_violations(case, tiles=MANY_VISITS)
 
 
+@pytest.mark.exhaustive
 def test_larger_heads():
     case = dataclasses.replace(cases.BY_NAME["grouped"], B=1, H=128, T=70, S=70)
     assert not _forward_violations(case, tiles=Tiles(block_k=128))
 
 
-@pytest.mark.parametrize(
-    "name", ["far_keys", "one_near_key_causal", "tiny_weight", "huge_values", "queries_beyond"]
-)
+GATED = ["far_keys", "one_near_key_causal", "tiny_weight", "huge_values", "queries_beyond"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", GATED)
 def test_gate(name):
     assert not _forward_violations(ADVERSARIAL[name])
 
@@ -137,6 +153,7 @@ def _second_tile_far(query, key):
     return query.at[:, 64:, :, 0].add(-60), key
 
 
+@pytest.mark.exhaustive
 def test_gate_of_one_warpgroup():
     """All of the block go over the keys again, in as many steps."""
     shape = {"T": 128, "S": 300, "N": 1, "K": 1}
@@ -152,7 +169,7 @@ def test_gate_forced_on_every_tile(monkeypatch):
     assert seen == [False, True]
 
 
-@pytest.mark.parametrize("name", ["far_keys", "tiny_weight"])
+@pytest.mark.parametrize("name", by_default(["far_keys"], ["far_keys", "tiny_weight"]))
 def test_without_the_gate_it_is_wrong(name, monkeypatch):
     monkeypatch.setattr(forward, "SMALLEST_SUM", 0.0)
     monkeypatch.setattr(forward, "LARGEST_REFERENCE", np.inf)
@@ -169,53 +186,27 @@ def test_vmap_folds_the_axis_into_the_batch():
 
 
 @pytest.mark.parametrize(
-    ("rule", "starts", "backward"),
-    [({"is_causal": True}, (50, 5), ONE_KERNEL), ({"window": (9, 3)}, (-30, -7), TWO_KERNELS)],
+    ("options", "starts", "backward"),
+    [
+        (Options(is_causal=True, return_residual=True), (50, 5), ONE_KERNEL),
+        pytest.param(
+            Options(window=(9, 3), return_residual=True),
+            (-30, -7),
+            TWO_KERNELS,
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
     ids=["causal", "window"],
 )
-def test_positions_that_are_not_indices(rule, starts, backward):
-    """As ring attention has them."""
-    query, key, value, _, _, dout, dlogsumexp = cases.case("offset", T=40, S=90, N=1, K=1).arrays(
-        jnp.bfloat16
-    )
-    masking = Masking(alibi_slopes=jnp.full(1, 0.1), query_offset=jnp.array(starts, jnp.int32))
-    options = Options(return_residual=True, **rule)
-
-    def results(attend):
-        def call(*x):
-            return attend(Inputs(*x, jnp.full(1, 0.3), jnp.ones(1)), masking, options)
-
-        results, vjp = jax.vjp(call, query, key, value)
-        return *results, *vjp((dout, dlogsumexp))
-
+def test_offsets(options, starts, backward):
     with override_tiles(TILES, backward):
-        got = results(attention.attend)
-    for mine, other in zip(got, results(reference.attend), strict=True):
-        mine, other = (np.asarray(x, np.float32) for x in (mine, other))
-        np.testing.assert_allclose(mine, other, rtol=3e-2, atol=3e-2)
+        kernels.check_offset(
+            attention.attend, options, starts, "bfloat16", 3e-2, T=40, S=90, N=1, K=1
+        )
 
 
+@pytest.mark.exhaustive
 def test_ring():
-    """Two devices, which an axis of vmap stands for: each attends to chunks of both."""
     options = Options(is_causal=True, origin_sink=True, return_residual=True)
-    case = cases.case("ring", T=40, S=40, B=1, N=1, K=1)
-    query, key, value, _, _, dout, dlogsumexp = case.arrays(jnp.bfloat16)
-    ring = Ring.plan("seq", 2, 40, 40, options)
-
-    def results(attend, query, key, value, dout, dlogsumexp):
-        def call(*x):
-            return attend(Inputs(*x, jnp.full(1, 0.3), jnp.ones(1)), Masking(), options)
-
-        outputs, vjp = jax.vjp(call, query, key, value)
-        return *outputs, *vjp((dout, dlogsumexp))
-
-    def split(x):
-        return x.reshape(1, 2, -1, *x.shape[2:]).swapaxes(0, 1)
-
-    arrays = query, key, value, dout, dlogsumexp
-    one = functools.partial(results, ring_attention(ring, attention.PASSES))
     with override_tiles(Tiles(block_k=64, consumers=1, pingpong=False), ONE_KERNEL):
-        got = jax.jit(jax.vmap(one, axis_name="seq"))(*map(split, arrays))
-    for mine, other in zip(got, results(reference.attend, *arrays), strict=True):
-        mine, other = (np.asarray(x, np.float32) for x in (mine, split(other)))
-        np.testing.assert_allclose(mine, other, rtol=3e-2, atol=3e-2)
+        kernels.check_ring(attention.PASSES, options, "bfloat16", 3e-2, T=40, S=40, B=1, N=1, K=1)

@@ -14,14 +14,10 @@ from rbf_jax.ops.triton import launch
 from rbf_jax.ops.triton.decode import Sizes, choose_sizes, override_sizes
 from rbf_jax.ops.triton.tiles import Tiles
 
+pytestmark = pytest.mark.usefixtures("h100")
+
 CALL = "@triton_kernel_call"
 H100 = nvidia.Target("NVIDIA H100 80GB HBM3", 90)
-
-
-@pytest.fixture(autouse=True)
-def h100(monkeypatch):
-    monkeypatch.setattr(launch, "unavailable", lambda: None)
-    monkeypatch.setattr(nvidia, "target", lambda: H100)
 
 
 def shapes(B=2, T=1, N=4, K=2, S=5003, H=64, dtype="bfloat16"):

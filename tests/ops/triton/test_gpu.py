@@ -118,10 +118,10 @@ def digests(flag: str) -> list[str]:
     Nothing is autotuned, as under the deterministic flag: else XLA may sum norms in another order.
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0 {flag}"
-    code = "from tests.ops import test_triton_gpu as t; print(*map(t.digest, t.DETERMINISTIC))"
+    code = "from tests.ops.triton import test_gpu as t; print(*map(t.digest, t.DETERMINISTIC))"
     run = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env={**os.environ, "XLA_FLAGS": flags},
         capture_output=True,
         text=True,

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import tests.harness.triton_interpreter as interpreter  # before Triton
 from rbf_jax.ops import decode
 from rbf_jax.ops.triton.decode import Sizes, override_sizes
 from rbf_jax.ops.triton.tiles import Tiles
-from tests.harness import contract, decode_cases
+from tests.harness import cases, contract, decode_cases
+from tests.harness import triton_interpreter as interpreter
 from tests.harness.decode_cases import CASES, EVERYTHING, Case
+from tests.harness.selected import by_default
 from tests.ops import test_decode
 
 
@@ -21,16 +22,44 @@ def sizes(num_splits, block_q=16):
     return override_sizes(Sizes(Tiles(block_q, 16, 1, 1), num_splits))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.dtype}")
+# Of the cases, one of each rule.
+DEFAULT = [
+    ("registers", "float32"),
+    ("registers_alone", "float32"),
+    ("nothing_but_the_sink", "float32"),
+    ("sink", "bfloat16"),
+    ("several_tokens", "float32"),
+    ("window", "float32"),
+    ("window_and_registers", "float32"),
+    ("ring", "bfloat16"),
+    ("alibi", "float32"),
+    ("many_rows", "float32"),
+    ("H=100", "float32"),
+    ("H=200", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    by_default([case for case in CASES if (case.name, case.dtype) in DEFAULT], CASES),
+    ids=lambda case: f"{case.name}-{case.dtype}",
+)
 def test_equals_xla(case):
     with sizes(3):
         decode_cases.check(case)
 
 
-CONTRACT = [test_decode.CONTRACT[i] for i in (1, 4, 6, 7)]  # a GPU does all
+CONTRACT = [  # a GPU does all
+    (test_decode.STEP, "bfloat16"),
+    (test_decode.LENGTHS_CAUSAL, "float32"),
+    (cases.BY_NAME["far_keys"], "float16"),
+    (cases.BY_NAME["huge_norms"], "bfloat16"),
+]
 
 
-@pytest.mark.parametrize(("case", "dtype"), CONTRACT, ids=test_decode.name_of)
+@pytest.mark.parametrize(
+    ("case", "dtype"), by_default(CONTRACT[:2], CONTRACT), ids=test_decode.name_of
+)
 def test_the_operations_contract(case, dtype):
     """Held to float64."""
     attend = functools.partial(test_decode.attend, implementation="triton")
@@ -39,7 +68,7 @@ def test_the_operations_contract(case, dtype):
         assert not contract.violations(subject, case, dtype)
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 5, 33])
+@pytest.mark.parametrize("num_splits", by_default([1, 5, 33], [1, 2, 5, 33]))
 def test_any_number_of_splits(num_splits):
     """More of them than blocks, too."""
     with sizes(num_splits, block_q=32):
@@ -104,10 +133,11 @@ def element(tree, i):
     return jax.tree.map(lambda x: x[i], tree)
 
 
-BATCHED = [{"query"}, {"cache"}, {"starts", "lengths"}, {"gamma"}, {"slopes", "query", "lengths"}]
+SOME = [{"cache"}, {"starts", "lengths", "gamma"}, {"slopes", "query", "lengths"}]
+EACH = [{"query"}, {"starts", "lengths"}, {"gamma"}]
 
 
-@pytest.mark.parametrize("batched", BATCHED, ids="+".join)
+@pytest.mark.parametrize("batched", by_default(SOME, SOME + EACH), ids="+".join)
 def test_vmap_equals_a_loop(batched):
     case = Case("vmap", T=2, R=1, slots=30, starts=(20, 0), window=15, alibi=True)
     query, cache, starts, lengths = case.arrays()

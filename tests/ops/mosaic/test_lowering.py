@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import re
 
 import jax
@@ -18,18 +17,15 @@ from rbf_jax.ops import nvidia
 from rbf_jax.ops.mosaic import attention, backward, common, forward, gradients, keys
 from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, choose_backward, override_tiles
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
-from tests.harness import own_process
+from tests.harness.selected import by_default
 
+pytestmark = pytest.mark.usefixtures("h100")
+
+exhaustive = pytest.mark.exhaustive
 T, S = 1031, 2053
 B, N, K = 2, 4, 2
 CALL = re.compile(r"custom_call @mosaic_gpu\w*\(")
 ONE_KERNEL = Tiles(block_k=64, pingpong=False, one_kernel=True)
-
-
-@pytest.fixture(autouse=True)
-def h100(monkeypatch):
-    monkeypatch.setattr(nvidia, "unavailable", lambda: None)
-    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("NVIDIA H100 80GB HBM3", 90))
 
 
 def _shapes(H=64, dtype=jnp.bfloat16):
@@ -45,12 +41,25 @@ def _program(function, *arguments) -> str:
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
+def _kernels(function, *arguments) -> tuple[int, int]:
+    """How many kernels of Mosaic and of Triton a program has; lowering them takes longer."""
+    program = str(jax.jit(function).trace(*arguments).jaxpr)
+    return program.count("mpmd_map["), program.count("rbf_triton_call[")
+
+
 @pytest.mark.parametrize(
     ("H", "dtype", "options"),
     [
         (64, jnp.bfloat16, {"is_causal": True}),
-        (128, jnp.bfloat16, {"origin_sink": True, "local_window_size": (100, 50)}),
-        (256, jnp.float16, {"key_value_seq_lengths": jnp.array([5, 900])}),
+        pytest.param(
+            128,
+            jnp.bfloat16,
+            {"origin_sink": True, "local_window_size": (100, 50)},
+            marks=exhaustive,
+        ),
+        pytest.param(
+            256, jnp.float16, {"key_value_seq_lengths": jnp.array([5, 900])}, marks=exhaustive
+        ),
         (80, jnp.bfloat16, {"alibi_slopes": jnp.ones(N), "query_seq_lengths": jnp.array([5, 9])}),
     ],
 )
@@ -60,16 +69,15 @@ def test_forward(H, dtype, options):
     assert len(CALL.findall(program)) == 1
 
 
-@pytest.mark.parametrize(
-    "tiles",
-    [
-        Tiles(block_k=64, stages=3),
-        Tiles(block_k=256, consumers=1, pingpong=False),
-        Tiles(consumers=3, pingpong=False),
-        Tiles(visits=4),
-    ],
-    ids=str,
-)
+OVERRIDES = [
+    Tiles(block_k=64, stages=3),
+    Tiles(block_k=256, consumers=1, pingpong=False),
+    Tiles(consumers=3, pingpong=False),
+    Tiles(visits=4),
+]
+
+
+@pytest.mark.parametrize("tiles", by_default(OVERRIDES[-1:], OVERRIDES), ids=str)
 def test_override_tiles_is_taken(tiles):
     with override_tiles(tiles):
         program = _program(lambda *x: _attend(*x), *_shapes())
@@ -77,7 +85,7 @@ def test_override_tiles_is_taken(tiles):
     assert program != _program(lambda *x: _attend(*x), *_shapes())
 
 
-@pytest.mark.parametrize("H", [*HEAD_DIMS, 80])
+@pytest.mark.parametrize("H", by_default([80, 256], [*HEAD_DIMS, 80]))
 def test_backward(H):
     """Rows of numbers fill the tiles: a copy of them does not end where their array does."""
 
@@ -94,7 +102,10 @@ def test_backward(H):
 
 @pytest.mark.parametrize(
     ("H", "options"),
-    [(64, {"local_window_size": (100, 50)}), (128, {"is_causal": True, "origin_sink": True})],
+    by_default(
+        [(64, {"local_window_size": (100, 50)})],
+        [(64, {"local_window_size": (100, 50)}), (128, {"is_causal": True, "origin_sink": True})],
+    ),
 )
 def test_backward_in_one_kernel(H, options):
     """It adds to an array of zeros that it is given; nothing else does."""
@@ -126,8 +137,7 @@ def test_backward_under_the_deterministic_flag(monkeypatch, flags, calls):
     def loss(*x):
         return _attend(*x).astype(jnp.float32).sum()
 
-    program = _program(jax.grad(loss, argnums=(0, 1, 2)), *_shapes(64))
-    assert len(CALL.findall(program)) == calls
+    assert _kernels(jax.grad(loss, argnums=(0, 1, 2)), *_shapes(64)) == (calls, 0)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +161,8 @@ def test_it_is_the_default_where_it_is_faster(monkeypatch, change, calls):
     monkeypatch.setattr(jax, "__version__", options.pop("version"))
     shape = (B, options.pop("length"), N, options.pop("H"))
     arrays = [jax.ShapeDtypeStruct(shape, options.pop("dtype"))] * 3
-    program = _program(functools.partial(rbf_attention, **options), *arrays)
-    assert len(CALL.findall(program)) == calls
-    assert calls or "triton_kernel_call" in program
+    mosaic, triton = _kernels(functools.partial(rbf_attention, **options), *arrays)
+    assert (mosaic, triton > 0) == (calls, not calls)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +183,8 @@ def test_a_ring_asks_by_its_chunks(monkeypatch, length, options, mosaic):
         (2,), ("seq",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:2]
     )
     with jax.set_mesh(mesh):
-        program = _program(functools.partial(rbf_attention, **options), array, array, array)
-    assert bool(CALL.search(program)) == mosaic
-    assert ("triton_kernel_call" in program) != mosaic
+        kernels = _kernels(functools.partial(rbf_attention, **options), array, array, array)
+    assert [number > 0 for number in kernels] == [mosaic, not mosaic]
 
 
 @pytest.mark.parametrize(
@@ -216,63 +224,6 @@ def test_other_versions_of_jax(monkeypatch):
         jax.eval_shape(_attend, *_shapes())
 
 
-@pytest.mark.parametrize(
-    ("change", "requirement"),
-    [
-        ({"block_q": 96}, "block_q=96 must be a multiple of 64"),
-        ({"block_k": 320}, "block_k=320 must be a multiple of 64 up to 256"),
-        ({"stages": 1}, "stages=1 must be at least 2"),
-        ({"visits": 0}, "visits=0 must be at least 1"),
-        ({"consumers": 4}, "consumers=4 must be one of [1, 2, 3]"),
-        ({"consumers": 3}, "pingpong=True requires consumers=2, not 3"),
-        (
-            {"consumers": 1, "pingpong": False, "one_kernel": True},
-            "one_kernel=True requires consumers of at least 2, not 1",
-        ),
-    ],
-)
-def test_tiles_say_what_is_wrong_with_them(change, requirement):
-    with pytest.raises(ValueError, match=re.escape(requirement)):
-        Tiles(**change)
-
-
-def test_only_the_forward_pass_visits_many_tiles():
-    with pytest.raises(ValueError, match="backward has visits=2, which must be 1"):
-        override_tiles(None, Tiles(visits=2))
-
-
-@pytest.mark.parametrize("H", HEAD_DIMS)
-def test_chosen_tiles_fit(H):
-    for plain, length in itertools.product((False, True), (128, 1024, 4096, 16384)):
-        assert choose(H, plain, length, 2**20 // length).fits("forward", H)
-    for two_kernels in (False, True):
-        tiles = choose_backward(H, two_kernels=two_kernels)
-        assert all(tiles.fits(kernel, H) for kernel in tiles.backward_kernels)
-    assert not choose_backward(H, two_kernels=True).one_kernel
-    assert not Tiles(block_k=256, stages=4).fits("forward", H)
-    assert ONE_KERNEL.fits("gradients", H) == (H < 256)
-
-
-@pytest.mark.parametrize(
-    ("num_heads", "length", "visits"),
-    [
-        (128, 4096, 4),  # 4,096 tiles are 31.03 for each of 132: 32 turns, or 8 of four
-        (132, 512, 4),
-        (33, 512, 1),  # a tile for each multiprocessor
-        (66, 512, 2),
-        (128, 16384, 1),  # long ones gain nothing
-    ],
-)
-def test_blocks_visit_several_tiles_where_no_multiprocessor_idles(num_heads, length, visits):
-    assert choose(64, True, length, num_heads).visits == visits
-
-
-def test_under_a_causal_rule_blocks_visit_more_tiles_or_one():
-    assert choose(64, False, 4096, 128).visits == 8
-    assert choose(64, False, 512, 1024).visits == 4  # there are no more
-    assert choose(128, False, 4096, 64).visits == 1
-
-
 KERNELS = {
     "forward": lambda *x, **sizes: forward.forward(*x[0], **sizes),
     "queries": backward.queries,
@@ -307,12 +258,6 @@ def test_shared_memory_is_what_the_kernel_asks_for(kernel, tiles, H):
     asked = f"smem_bytes={tiles.shared_memory(kernel, H)} "
     with mosaic_gpu.artificial_shared_memory_limit(0), pytest.raises(ValueError, match=asked):
         traced.lower(lowering_platforms=("cuda",))
-
-
-def test_it_needs_no_triton():
-    folder = "tests/ops/without_triton"
-    assert own_process.all_files(folder) == {"mosaic.py"}
-    own_process.run(f"{folder}/mosaic.py", {"JAX_PLATFORMS": "cpu"})
 
 
 def test_a_version_that_only_lowered_is_there_for_who_asks(monkeypatch):

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import tests.harness.triton_interpreter  # noqa: F401 (before Triton)
 from rbf_jax import rbf_attention
-from rbf_jax.ops import xla
-from rbf_jax.ops.ring import Ring, ring_attention
 from rbf_jax.ops.triton import attention
 from rbf_jax.ops.triton.tiles import Tiles, override_tiles
 from rbf_jax.ops.types import Inputs, Masking, Options, squared_norms
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
+from tests.harness import kernels
+from tests.harness.selected import by_default
 
 TILES = Tiles(16, 16, 1, 1)
 V, B, T, S, N, K, H = 2, 2, 17, 20, 2, 1, 8  # V elements of the axis that vmap adds
@@ -47,11 +46,17 @@ def arguments(random, batch=(B,)):
 
 DIFFERENTIABLE = ("query", "key", "value", "gamma", "key_norm_weight")
 NAMES = tuple(arguments(np.random.default_rng(0)))
-# Each argument alone; all; all but one.
+ALL = {*NAMES}
+# By default each argument beside others that are not batched.
+SOME = [
+    {"query", "gamma", "mask", "key_value_segment_ids"},
+    {"key", "key_norm_weight", "query_seq_lengths"},
+    {"value", "key_value_seq_lengths", "query_segment_ids", "alibi_slopes"},
+]
+# Each argument alone; all but one.
 BATCHED = [
     *({name} for name in NAMES),
-    {*NAMES},
-    *({*NAMES} - {name} for name in ("query", "key", "gamma", "mask")),
+    *(ALL - {name} for name in ("query", "key", "gamma", "mask")),
 ]
 
 
@@ -80,7 +85,11 @@ def looped(batched, given, dout, dlogsumexp):
     return jax.lax.map(element, jnp.arange(V))
 
 
-@pytest.mark.parametrize("batched", BATCHED, ids=lambda b: "+".join(n for n in NAMES if n in b))
+@pytest.mark.parametrize(
+    "batched",
+    by_default([ALL, *SOME], [ALL, *SOME, *BATCHED]),
+    ids=lambda b: "+".join(n for n in NAMES if n in b),
+)
 def test_vmap_equals_a_loop(batched):
     random = np.random.default_rng(len(batched))
     draws = [arguments(random) for _ in range(V)]
@@ -174,41 +183,16 @@ def test_norms_that_are_given_are_not_made_again():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *results)
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "segments"])
+RINGS = {
+    "causal": Options(is_causal=True, origin_sink=True, return_residual=True),
+    "window": Options(window=(13, 4), return_residual=True),
+    "segments": Options(is_causal=True, return_residual=True),
+}
+
+
+@pytest.mark.parametrize("name", by_default(["causal"], RINGS))
 def test_ring(name):
-    """Two devices, which an axis of vmap stands for: callbacks that wait for another hang."""
-    options = {
-        "causal": Options(is_causal=True, origin_sink=True, return_residual=True),
-        "window": Options(window=(13, 4), return_residual=True),
-        "segments": Options(is_causal=True, return_residual=True),
-    }[name]
-    length, size = 40, 2
-    keys = jax.random.split(jax.random.key(0), 5)
-    shapes = [(B, length, 4, H), *[(B, length, 2, H)] * 2, (B, length, 4, H), (B, length, 4)]
-    q, k, v, dout, dlogsumexp = (jax.random.normal(key, x) for key, x in zip(keys, shapes))
-    numbers = jnp.linspace(0.1, 0.4, 4), jnp.linspace(0.5, 1, 4)
-    ids = jnp.sort(jax.random.randint(keys[0], (B, length), 0, 3)) if name == "segments" else None
-
-    def everything(attend, arrays, ids):
-        q, k, v, dout, dlogsumexp = arrays
-
-        def call(q, k, v, *numbers):
-            masking = Masking(query_segments=ids, key_segments=ids)
-            return attend(Inputs(q, k, v, *numbers), masking, options)
-
-        results, vjp = jax.vjp(call, q, k, v, *numbers)
-        return results, vjp((dout, dlogsumexp))
-
-    def split(x):
-        return x.reshape(B, size, -1, *x.shape[2:]).swapaxes(0, 1)
-
-    ring = Ring.plan("seq", size, length, length, options)
-    attend = ring_attention(ring, attention.PASSES)
-    parts = jax.tree.map(split, ((q, k, v, dout, dlogsumexp), ids))
-    mapped = jax.vmap(functools.partial(everything, attend), axis_name="seq")
-    (out, logsumexp), (*gradients, dgamma, dweight) = jax.jit(mapped)(*parts)
-    joined = [x.swapaxes(0, 1).reshape(B, length, *x.shape[3:]) for x in (out, logsumexp)]
-    joined += [x.swapaxes(0, 1).reshape(B, length, *x.shape[3:]) for x in gradients]
-    want = jax.tree.leaves(everything(xla.attend, (q, k, v, dout, dlogsumexp), ids))
-    for got, expected in zip([*joined, dgamma.sum(0), dweight.sum(0)], want, strict=True):
-        np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
+    shapes = {"T": 40, "S": 40, "B": 1, "N": 2, "K": 1}
+    kernels.check_ring(
+        attention.PASSES, RINGS[name], "float32", 2e-4, segments=name == "segments", **shapes
+    )

@@ -1,8 +1,10 @@
 """Attention to a cache compiled for the GPUs it is for, at the sizes it takes there; no GPU needed.
 
-As test_triton_compile.py: Triton's own ptxas makes the machine code, cuobjdump says what it takes.
+As test_compile.py: Triton's own ptxas makes the machine code, cuobjdump says what it takes.
 """
 
+import functools
+import itertools
 import re
 
 import jax.numpy as jnp
@@ -13,7 +15,8 @@ triton = pytest.importorskip("triton")  # Linux only
 from rbf_jax.ops import nvidia  # noqa: E402
 from rbf_jax.ops.triton import decode, decode_kernels, tiles  # noqa: E402
 from rbf_jax.ops.triton.common import Rules  # noqa: E402
-from tests.ops.test_triton_compile import TYPES, compiled_for, registers_and_stack  # noqa: E402
+from tests.harness.selected import by_default  # noqa: E402
+from tests.ops.triton.test_compile import TYPES, compiled_for, registers_and_stack  # noqa: E402
 
 K, BATCH, LENGTH = 8, 4, 32768
 # Bytes of the stack, of large heads in float32 or with many rows.
@@ -31,6 +34,7 @@ def _sizes(rows, head_dim, dtype, target):
     )
 
 
+@functools.cache
 def _compile(sizes, rows, head_dim, dtype, target):
     group = min(rows, 8)
     constants = {
@@ -57,7 +61,10 @@ SOME = [
 ]
 
 
-@pytest.mark.parametrize(("rows", "head_dim", "dtype", "target"), SOME)
+@pytest.mark.parametrize(
+    ("rows", "head_dim", "dtype", "target"),
+    by_default([(1, 128, "bfloat16", 90), (32, 128, "bfloat16", 90), (1, 64, "float32", 80)], SOME),
+)
 def test_fits(rows, head_dim, dtype, target, tmp_path):
     sizes = _sizes(rows, head_dim, dtype, target)
     compiled = _compile(sizes, rows, head_dim, dtype, target)
@@ -85,8 +92,10 @@ def test_keys_come_while_others_are_multiplied():
     assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", ptx)
 
 
-@pytest.mark.parametrize("num_splits", [2, 128])
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("num_splits", "dtype"),
+    by_default([(128, "bfloat16")], itertools.product((2, 128), TYPES)),
+)
 def test_merge(num_splits, dtype, tmp_path):
     constants = {
         "HEAD_DIM": 80,

@@ -1,0 +1,74 @@
+"""What the kernels of Triton and Mosaic are tested on alike, by their interpreters."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rbf_jax.ops import reference
+from rbf_jax.ops.ring import Ring, ring_attention
+from rbf_jax.ops.types import Inputs, Masking, Options
+from tests.harness import cases
+
+
+def _results(attend, options, masking, arrays):
+    """Output, logsumexp and the gradients of everything that has one."""
+    query, key, value, gamma, weight, dout, dlogsumexp = arrays
+
+    def call(*inputs):
+        return attend(Inputs(*inputs), masking, options)
+
+    (out, logsumexp), vjp = jax.vjp(call, query, key, value, gamma, weight)
+    return out, logsumexp, *vjp((dout, dlogsumexp.astype(logsumexp.dtype)))
+
+
+def _arrays(dtype, **shapes):
+    case = cases.case("kernels", per_head=True, **shapes)
+    return [jnp.asarray(x) for x in case.arrays(jnp.dtype(dtype))]
+
+
+def _assert_close(got, want, tolerance):
+    for mine, other in zip(got, want, strict=True):
+        mine, other = (np.asarray(x, np.float32) for x in (mine, other))
+        scale = np.abs(other[np.isfinite(other)]).max(initial=0)
+        np.testing.assert_allclose(mine, other, rtol=tolerance, atol=tolerance * max(1, scale))
+
+
+def check_offset(attend, options: Options, starts, dtype, tolerance, *, slopes=True, **shapes):
+    """Positions of queries that are not indices, as ring attention has them: as in "reference"."""
+    arrays = _arrays(dtype, B=len(starts), **shapes)
+    offset = jnp.array(starts, jnp.int32)
+    alibi = jnp.linspace(0.02, 0.1, arrays[0].shape[2]) if slopes else None
+    masking = Masking(alibi_slopes=alibi, query_offset=offset)
+    got = jax.jit(functools.partial(_results, attend, options, masking))(arrays)
+    want = jax.jit(functools.partial(_results, reference.attend, options, masking))(arrays)
+    _assert_close(got, want, tolerance)
+
+
+def check_ring(passes, options: Options, dtype, tolerance, *, segments=False, **shapes):
+    """Two devices, which an axis of vmap stands for: callbacks that wait for another hang."""
+    arrays = _arrays(dtype, **shapes)
+    B, length = arrays[0].shape[:2]
+    ids = jnp.arange(B * length).reshape(B, length) * 3 // (B * length) if segments else None
+    ring = Ring.plan("seq", 2, length, length, options)
+
+    def everything(attend, ids, arrays):
+        return _results(attend, options, Masking(query_segments=ids, key_segments=ids), arrays)
+
+    def split(x):
+        return x.reshape(B, 2, -1, *x.shape[2:]).swapaxes(0, 1)
+
+    query, key, value, *numbers, dout, dlogsumexp = arrays
+    part = [split(x) for x in (query, key, value, dout, dlogsumexp)]
+
+    def one(ids, query, key, value, dout, dlogsumexp):
+        given = query, key, value, *numbers, dout, dlogsumexp
+        return everything(ring_attention(ring, passes), ids, given)
+
+    ids_of_parts = split(ids) if segments else None
+    axes = (0 if segments else None, *[0] * 5)
+    *rows, dgamma, dweight = jax.jit(jax.vmap(one, axes, axis_name="seq"))(ids_of_parts, *part)
+    want = jax.jit(functools.partial(everything, reference.attend))(ids, arrays)
+    got = [x.swapaxes(0, 1).reshape(B, length, *x.shape[3:]) for x in rows]
+    _assert_close([*got, dgamma.sum(0), dweight.sum(0)], want, tolerance)

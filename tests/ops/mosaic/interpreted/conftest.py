@@ -1,0 +1,22 @@
+"""All tests of this folder run the kernels by Pallas's interpreter."""
+
+import faulthandler
+
+import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
+
+from tests.harness import mosaic_interpreter
+from tests.harness.compiling import without_optimizations
+
+HANG = 900  # seconds: no test comes near it
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(h100, request):
+    """Where a warpgroup ends in an error the others wait for it forever: then the process ends."""
+    faulthandler.dump_traceback_later(
+        HANG, exit=True, file=request.config.stash[fault_handler_stderr_fd_key]
+    )
+    with without_optimizations(), mosaic_interpreter.interpreted():
+        yield
+    faulthandler.cancel_dump_traceback_later()
