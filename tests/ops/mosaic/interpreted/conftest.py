@@ -6,9 +6,7 @@ import pytest
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 from tests.harness import mosaic_interpreter
-from tests.harness.compiling import without_optimizations
-
-HANG = 900  # seconds: no test comes near it
+from tests.harness.runs import HANG
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +15,6 @@ def _interpreter(h100, request):
     faulthandler.dump_traceback_later(
         HANG, exit=True, file=request.config.stash[fault_handler_stderr_fd_key]
     )
-    with without_optimizations(), mosaic_interpreter.interpreted():
+    with mosaic_interpreter.interpreted():
         yield
     faulthandler.cancel_dump_traceback_later()
