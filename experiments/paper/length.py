@@ -5,12 +5,12 @@
     python -m experiments.paper.length --plan     prints the rows left to train and their time
     python -m experiments.paper.length --table    writes the table from the records alone
 
-Trains each row of the plan with all its seeds at once, at 256 tokens of books (configs/length.py),
-and evaluates it at 256 to 8,192 tokens. DIR/records/ROW.jsonl.xz is its record; a row with a record
-there or in --records (docs/measurements/experiments/length) is not trained again. --shard=I/N takes
-every N-th row, so that N processes share the plan. --minutes stops the process that long after its
-start: finished rows have their records, the row in progress is lost unless its folder is kept.
-Writes DIR/length.md, the table.
+Trains each row of the plan (configs/figures/length.py) with all its seeds at once, at 256 tokens of
+books, and evaluates it at 256 to 8,192 tokens. DIR/records/ROW.jsonl.xz is its record; a row with a
+record there or in --records (docs/measurements/experiments/length) is not trained again.
+--shard=I/N takes every N-th row, so that N processes share the plan. --minutes stops the process
+that long after its start: finished rows have their records, the row in progress is lost unless its
+folder is kept. Writes DIR/length.md, the table.
 
 What is evaluated. The validation books are cut into pieces of 8,192 tokens, each inside one book.
 All contexts see the same pieces: for a context of C tokens a piece is 8,192 / C separate segments.
@@ -61,7 +61,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from configs import length as configuration
+from configs.figures import length as configuration
 from experiments import config_files
 from experiments.figure_runs import Experiment
 from rbf_jax.analysis import paired

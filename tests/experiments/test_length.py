@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from configs import length as configuration
+from configs.figures import length as configuration
 from experiments.paper import length
 from rbf_jax.analysis import paired
 from rbf_jax.analysis.records import read_record
