@@ -333,7 +333,19 @@ def report(records: Mapping[str, Record], rows: Sequence[Variant]) -> str:
         text = paired.interval(contrast["contrast"], 3)
         lines += ["", f"Best RBF - best dot product, loss at {where}: {text} ({names})."]
     lines += ["", f"{len(rows) - len(records)} of {len(rows)} rows have no record."]
-    return "\n".join(lines) + "\n"
+    return f"{summary(records)}\n\n" + "\n".join(lines) + "\n"
+
+
+def summary(records: Mapping[str, Record]) -> str:
+    """Returns a table of mean `use`, Markdown: kinds by positions and sinks."""
+    columns = list(itertools.product(_POSITIONS, _SINKS))
+    head = [f"{_POSITIONS[position]}, {_SINKS[sink][0]}" for position, sink in columns]
+    table = [["attention", *head], ["---", *["---:"] * len(head)]]
+    for kind, (title, _) in _KINDS.items():
+        found = [records.get(f"{kind}-{position}-{sink}") for position, sink in columns]
+        cells = ["" if record is None else f"{np.mean(use(record)):+.2f}" for record in found]
+        table.append([title, *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from experiments.paper import length
 from rbf_jax.analysis import paired
 from rbf_jax.analysis.records import read_record
 from rbf_jax.training import ensemble
+from tests.experiments.conftest import REPOSITORY
 from tests.harness.synthetic_records import make_record
 
 
@@ -104,10 +105,11 @@ def test_table_and_primary_contrast():
     differences = [-0.1, 1.899 - 3, -0.1, 1.898 - 3]
     assert found["contrast"]["mean"] == pytest.approx(np.mean(differences))
     table = length.report(records, length.plan("smoke"))
+    assert table.startswith(length.summary(records))
+    assert "| RBF | -0.10 |  |  |  |" in table
     cells = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
-    assert [row[-2] for row in cells[1:] if "---" not in row[0]] == [
-        *("uses", "degrades", "survives", "open")
-    ]
+    verdicts = ["uses", "degrades", "survives", "open"]
+    assert [row[-2] for row in cells if row[-2] in verdicts] == verdicts
     assert "32 of 36 rows have no record" in table
     assert length.primary({"rbf-rope-none": records["rbf-rope-none"]}) is None
 
@@ -119,3 +121,10 @@ def test_table_and_primary_contrast():
 def test_verdicts(values, expected):
     assert length.verdict(paired.estimate(np.array(values))) == expected
     assert length.verdict(paired.estimate(np.array([*values, np.nan]))) == "diverged"
+
+
+def test_the_kept_tables_are_those_of_the_kept_records():
+    kept = REPOSITORY / "docs/measurements/experiments/length"
+    found = {path.name.split(".")[0]: read_record(path) for path in kept.glob("*.xz")}
+    assert (kept / "length.md").read_text() == length.report(found, length.plan("paper"))
+    assert length.summary(found) in (REPOSITORY / "docs/results.md").read_text()
