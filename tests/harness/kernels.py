@@ -38,11 +38,14 @@ def _assert_close(got, want, tolerance):
 
 
 def check_offset(attend, options: Options, starts, dtype, tolerance, *, slopes=True, **shapes):
-    """Positions of queries that are not indices, as ring attention has them: as in "reference"."""
+    """Positions of queries that are not indices, as in "reference"; lengths go by index."""
     arrays = _arrays(dtype, B=len(starts), **shapes)
-    offset = jnp.array(starts, jnp.int32)
-    alibi = jnp.linspace(0.02, 0.1, arrays[0].shape[2]) if slopes else None
-    masking = Masking(alibi_slopes=alibi, query_offset=offset)
+    masking = Masking(
+        alibi_slopes=jnp.linspace(0.02, 0.1, arrays[0].shape[2]) if slopes else None,
+        query_offset=jnp.array(starts, jnp.int32),
+        query_lengths=jnp.full(len(starts), arrays[0].shape[1] - 3, jnp.int32),
+        key_lengths=jnp.full(len(starts), arrays[1].shape[1] - 2, jnp.int32),
+    )
     got = jax.jit(functools.partial(_results, attend, options, masking))(arrays)
     want = jax.jit(functools.partial(_results, reference.attend, options, masking))(arrays)
     _assert_close(got, want, tolerance)
