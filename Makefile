@@ -48,9 +48,11 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
 test: check docs
 	$(PYTEST)
 
-# With the exhaustive tests: before a release.
+# With the exhaustive tests, and some compiled with all optimizations: before a release.
 test-all: check docs
 	$(PYTEST) -m ''
+	AS_USERS_COMPILE=1 $(PYTEST) tests/nn tests/inference tests/ops/test_decode.py \
+		tests/ops/test_transformations.py
 
 # Wheel and sdist into dist/, each tried in an environment that has only what it asks for.
 dist: setup

@@ -9,18 +9,19 @@ from tests.harness.compiling import QUICKLY
 
 # Set before jax is imported: `make test-gpu` says JAX_PLATFORMS=cuda,cpu.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "")
-if "host_platform_device_count" not in os.environ["XLA_FLAGS"]:
-    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=8"
+)
 # Workers and child processes inherit what was added.
-if os.environ["JAX_PLATFORMS"] == "cpu" and QUICKLY[0] not in os.environ["XLA_FLAGS"]:
+if ON_CPU and not os.environ.get("AS_USERS_COMPILE"):
     os.environ["XLA_FLAGS"] += "".join(f" {flag}" for flag in QUICKLY)
 # A thread for each warpgroup of an interpreted Mosaic kernel: with fewer they would deadlock.
 os.environ.setdefault("NPROC", "8")
 
 # Tests and the processes they start compile a program once: all workers share this cache.
 _COMPILED = None
-if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+if ON_CPU and not {"PYTEST_XDIST_WORKER", "JAX_COMPILATION_CACHE_DIR"} & os.environ.keys():
     _COMPILED = tempfile.mkdtemp(prefix="rbf-jax-compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"

@@ -3,15 +3,14 @@
 import contextlib
 import io
 import re
+import shutil
 from pathlib import Path
 
 import jax
 import pytest
 
 from experiments import config_files
-from rbf_jax.training import train
 from tests.harness.commands import PROGRAMS, arguments, commands_in
-from tests.harness.tiny import tiny_config, write_corpus
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
@@ -52,11 +51,10 @@ def test_python(page, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(finished_run, tmp_path_factory):
     """Where runs/mine_rbf is, the run that pages on training speak of."""
     folder = tmp_path_factory.mktemp("clone")
-    write_corpus(folder)
-    train(tiny_config(folder), folder / "runs" / "mine_rbf")
+    shutil.copytree(finished_run, folder / "runs" / "mine_rbf")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Every file of examples/ runs as its users run it; each asserts what it shows."""
+"""Every file of examples/ runs, in this process; each asserts what it shows."""
 
 import runpy
 from pathlib import Path

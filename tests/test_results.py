@@ -14,11 +14,12 @@ REPOSITORY = Path(__file__).parents[1]
 RECORDS = REPOSITORY / "docs" / "measurements" / "experiments"
 
 
-def draw(figure, records, out):
+def draw(figure, records, out, *, write=False):
     """As `make figures` draws, elsewhere; pictures are drawn but not written, to save time."""
     command = ["figures", f"--figure={figure}", "--scale=paper", "--kept", f"--out={out}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claims, "save_figure", lambda *_: None)
+        if not write:
+            patch.setattr(claims, "save_figure", lambda *_: None)
         assert figures.main([*command, f"--records={RECORDS / records}"]) == 0
     return out
 
@@ -98,3 +99,9 @@ def test_links_of_the_results_lead_somewhere():
     links = re.findall(r"\]\(([^)#]+)\)", (docs / "results.md").read_text())
     assert len(links) > 10
     assert [link for link in links if not (docs / link).exists()] == []
+
+
+@pytest.mark.exhaustive
+def test_every_picture_can_be_written(tmp_path):
+    draw("all", "paper", tmp_path, write=True)
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(claims.FIGURES)

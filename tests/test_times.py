@@ -7,6 +7,8 @@ KEPT = {
     "loop": 0.25,
     "tests": 3,
     "tests_total": 10.0,
+    "total": 6.0,
+    "workers": 2,
     "slowest": {"tests/a.py::slow": 8.0},
 }
 NOW = {
@@ -21,7 +23,8 @@ NOW = {
 
 def test_times_are_compared_at_this_machines_speed():
     text = "\n".join(times.report(NOW, KEPT))
-    assert "3 tests, 20 s of tests" in text  # 10 s where the loop takes half as long
+    # Twice what it was where the loop took half as long.
+    assert "3 tests in 12 s with 2 workers (20 s of tests)" in text
     assert "  18.0 s       16.0 s  tests/a.py::slow" in text
     assert "   5.0 s  under 2.0 s  tests/b.py::new" in text
 

@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbf_jax.data import rows
 
 
+@settings(max_examples=100)
 @given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=60))
 def test_best_fit_fits_and_leaves_little(lengths):
     lengths = np.array(lengths)

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbf_jax.data import tokenizer
@@ -22,6 +22,7 @@ def any_tokenizer(request, bpe):
     return bpe if request.param == "bpe" else tokenizer.ByteTokenizer()
 
 
+@settings(max_examples=100)
 @given(text=st.text() | st.sampled_from(["a<|endoftext|>b", "\r\n \t x ", "ﬁ Å e\u0301"]))
 def test_decoding_gives_the_text_back(any_tokenizer, text):
     ids = any_tokenizer.encode(text)

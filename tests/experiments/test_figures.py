@@ -20,7 +20,6 @@ from rbf_jax.analysis.variants import Variant
 from rbf_jax.training import TrainingStopped, ensemble, ensemble_programs
 from tests.harness.runs import HANG, environment
 from tests.harness.synthetic_records import make_record
-from tests.harness.tiny import write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -62,27 +61,25 @@ def test_kept_draws_from_records_alone(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("figures")
-    write_corpus(folder)
-    return folder
+    return tmp_path_factory.mktemp("figures")
 
 
 @pytest.fixture(scope="module")
-def experiment(folder):
+def experiment(folder, corpus):
     """The one that `draw` trains."""
     base = scales.get_config("smoke")
     base.data.source = "text"
-    base.data.train_files = (str(folder / "stories.txt"),)
+    base.data.train_files = (str(corpus / "stories.txt"),)
     base.data.cache_dir = str(folder / "cache")
     return Experiment(base, (0, 1), folder / "out", folder / "kept")
 
 
-def draw(folder, *spaces):
+def draw(folder, corpus, *spaces):
     """Draws the figure "dial" as the program does; returns its exit status and what it said."""
     trained = {"space": {str(i): (space,) for i, space in enumerate(spaces)}, "lengths": (1, 2)}
     command = [
         *("--figure=dial", "--scale=smoke", f"--out={folder / 'out'}", f"--records={folder}"),
-        *("--base.data.source=text", f"--base.data.train_files={folder / 'stories.txt'}"),
+        *("--base.data.source=text", f"--base.data.train_files={corpus / 'stories.txt'}"),
         f"--base.data.cache_dir={folder / 'cache'}",
     ]
     said = io.StringIO()
@@ -97,18 +94,19 @@ ODD = {"model.num_heads": (16,)}
 
 
 @pytest.fixture(scope="module")
-def drawn(folder):
-    """What the program said of two variants that can be trained, and one that cannot."""
-    return draw(folder, ODD, DIAL)
+def drawn(folder, corpus):
+    """Of two variants that can be trained and one that cannot: status, output and report."""
+    status, said = draw(folder, corpus, ODD, DIAL)
+    return status, said, (folder / "out" / "report.md").read_text()
 
 
 def test_a_figure_is_trained_from_nothing_and_a_variant_that_fails_does_not_stop_it(drawn, folder):
-    status, said = drawn
+    status, said, report = drawn
     assert status == 1
     assert "base: validation loss" in said
     assert "figures: num_heads=16 failed: " in said
     out = folder / "out"
-    assert "Missing: num_heads=16: " in (out / "report.md").read_text()
+    assert "Missing: num_heads=16: " in report
     assert all((out / f"dial.{kind}").stat().st_size > 0 for kind in ("png", "svg"))
     numbers = json.loads((out / "dial.json").read_text())
     assert numbers.keys() == {"base", "key_norm_weight=0"}
@@ -116,7 +114,7 @@ def test_a_figure_is_trained_from_nothing_and_a_variant_that_fails_does_not_stop
     assert json.loads(member.read_text())["seeds"] == [1]
 
 
-def test_a_second_call_trains_nothing_and_draws_the_same(drawn, folder, monkeypatch):
+def test_a_second_call_trains_nothing_and_draws_the_same(drawn, folder, corpus, monkeypatch):
     monkeypatch.setattr(ensemble_programs, "compile_programs", None)
 
     def files():
@@ -125,7 +123,7 @@ def test_a_second_call_trains_nothing_and_draws_the_same(drawn, folder, monkeypa
 
     before = files()
     assert len(before) == 5
-    status, said = draw(folder, DIAL)
+    status, said = draw(folder, corpus, DIAL)
     assert (status, "validation loss" in said) == (0, False)
     assert files() == before
     assert "Missing" not in (folder / "out" / "report.md").read_text()
@@ -243,7 +241,7 @@ def test_all_at_the_smoke_scale(tmp_path):
             env=environment(1),  # All seeds on one device: less to compile.
             capture_output=True,
             text=True,
-            timeout=4 * HANG,
+            timeout=16 * HANG,
         )
 
     first = run()

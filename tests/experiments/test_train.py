@@ -70,8 +70,8 @@ def test_killed_at_random_moments_it_ends_as_if_never_stopped(signals, start, tm
     as_users = {"as_users_compile": True}  # Bit-identical as they have it.
     assert ends(first := start(once, **as_users))[0] == [0], first.output.read_text()
 
-    # The run writes 44 lines; the last few come too soon before its end to stop it there.
-    share = 36 // len(signals)
+    # The run writes 44 lines; a signal in the last ones could come after its end.
+    share = 24 // len(signals)
     moments = [random.randrange(1 + i * share, 1 + (i + 1) * share) for i in range(len(signals))]
     for lines, number in zip(moments, signals):
         process = start(often, **as_users)

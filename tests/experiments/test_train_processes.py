@@ -22,7 +22,7 @@ def start_two(start):
     """Starts two processes that train together; the second has options of its own."""
 
     def start_two(run, *options, devices=1, second=()):
-        together = [f"--coordinator=localhost:{free_port()}", "--heartbeat_timeout=20"]
+        together = [f"--coordinator=localhost:{free_port()}", "--heartbeat_timeout=60"]
         return [
             start(
                 *(run, *SIZES, *together, *options, *own),

@@ -1,4 +1,4 @@
-"""A small corpus and its configuration, shared by the tests of this package."""
+"""A small corpus and its configuration, shared by the tests of rbf_jax.data."""
 
 from __future__ import annotations
 
