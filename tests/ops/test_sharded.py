@@ -16,24 +16,19 @@ from jax.sharding import PartitionSpec as P
 from jaxlib import lapack
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops import nvidia
 from tests.harness.collectives import collectives, mesh_of
 
 B, T, N, K, H = 8, 16 * 4096, 8, 4, 64  # 4,096 to each chunk of a ring
 NAME = "mosaic_gpu_v2"
 ROWS = ("data", "fsdp")
 
+pytestmark = pytest.mark.usefixtures("h100")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def handler():
     capsule = lapack.registrations()["cpu"][0][1]
     jax.ffi.register_ffi_target(NAME, capsule, platform="cpu")
-
-
-@pytest.fixture(autouse=True)
-def h100(monkeypatch):
-    monkeypatch.setattr(nvidia, "unavailable", lambda: None)
-    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("NVIDIA H100 80GB HBM3", 90))
 
 
 def compiled(sizes, spec, *, is_set, attend=rbf_attention):

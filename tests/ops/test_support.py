@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import pytest
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops import nvidia
 from rbf_jax.ops.triton import launch
 from tests.harness import cases, contract, support
 
@@ -23,11 +22,10 @@ def test_every_feature_is_described():
     assert features == set(support.WHAT)
 
 
+@pytest.mark.usefixtures("h100")
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
 def test_cudnn_refuses_what_the_list_says(case, monkeypatch):
     """The GPU is pretended: nothing is launched, since the call is refused before."""
-    monkeypatch.setattr(nvidia, "unavailable", lambda: None)
-    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("NVIDIA H100 80GB HBM3", 90))
     monkeypatch.setattr(launch, "unavailable", lambda: "is not there")
     q, k, v, gamma, key_norm_weight, *_ = case.arrays(jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="'xla' and 'reference' can do this call"):

@@ -234,7 +234,8 @@ def test_traces_for_cuda_without_a_gpu(arrays, monkeypatch):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return Mesh(np.array(jax.devices("cpu")[:2]), ("devices",))  # conftest makes two
+    # conftest makes eight devices, and jax.devices lists two.
+    return Mesh(np.array(jax.devices("cpu")[:2]), ("devices",))
 
 
 @pytest.mark.parametrize("spec", [P("devices"), P(None, None, "devices")], ids=["batch", "heads"])

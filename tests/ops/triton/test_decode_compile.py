@@ -63,7 +63,15 @@ SOME = [
 
 @pytest.mark.parametrize(
     ("rows", "head_dim", "dtype", "target"),
-    by_default([(1, 128, "bfloat16", 90), (32, 128, "bfloat16", 90), (1, 64, "float32", 80)], SOME),
+    by_default(
+        [
+            (1, 128, "bfloat16", 90),
+            (32, 128, "bfloat16", 90),
+            (1, 64, "float32", 80),
+            (16, 16, "float16", 90),
+        ],
+        SOME,
+    ),
 )
 def test_fits(rows, head_dim, dtype, target, tmp_path):
     sizes = _sizes(rows, head_dim, dtype, target)

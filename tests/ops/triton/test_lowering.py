@@ -103,7 +103,7 @@ def test_remat_keeps_what_its_policy_names(names, calls):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(check_vma):
-    devices = jax.devices("cpu")[:2]  # conftest makes two
+    devices = jax.devices("cpu")[:2]  # conftest makes eight devices, and jax.devices lists two
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     sharded = jax.shard_map(
         _attend, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma

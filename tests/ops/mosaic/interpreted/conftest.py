@@ -1,4 +1,8 @@
-"""All tests of this folder run the kernels by Pallas's interpreter."""
+"""All tests of this folder run the kernels by Pallas's interpreter.
+
+A broken warpgroup ends the worker's process after 15 minutes, and with it what ran there: run a
+suspect test alone, with -k and -n0.
+"""
 
 import faulthandler
 

@@ -84,7 +84,7 @@ def _id(x):
 
 @pytest.mark.parametrize(
     ("name", "consumers"),
-    by_default([("multi_query", 1)], [("multi_query", 1), ("causal_more_queries", 3)]),
+    by_default([("causal_more_queries", 3)], [("multi_query", 1), ("causal_more_queries", 3)]),
 )
 def test_consumers(name, consumers):
     tiles = Tiles(block_k=64, consumers=consumers, pingpong=False)

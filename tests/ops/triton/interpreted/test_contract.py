@@ -5,12 +5,14 @@ import pytest
 from tests.harness import cases, contract
 from tests.harness.selected import by_default
 
-# Every option, dtype and extreme once; tiles are those that the implementation chooses.
+# Every option and dtype, and some extremes, at least once; test_shapes.py has two-sided windows.
+# Tiles are those that the implementation chooses.
 DEFAULT = {
     "one_of_each": "float32",
     "multi_query": "bfloat16",
     "per_head_weight": "float32",
     "window_zero": "float32",
+    "lengths_zero": "float32",
     "mask_NT": "float32",
     "mask_rows": "float16",
     "sink_masked": "float32",
@@ -18,6 +20,7 @@ DEFAULT = {
     "unnormalized_everything": "float16",
     "unnormalized_far_keys": "float32",
     "huge_norms": "bfloat16",
+    "small_norms_large_gamma": "float16",
     "large_cotangent": "float16",
 }
 

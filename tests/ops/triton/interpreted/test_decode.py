@@ -22,16 +22,20 @@ def sizes(num_splits, block_q=16):
     return override_sizes(Sizes(Tiles(block_q, 16, 1, 1), num_splits))
 
 
-# Of the cases, one of each rule.
+BY_NAME = {(case.name, case.dtype): case for case in CASES}
+# Of the cases, one of each rule and dtype.
 DEFAULT = [
+    ("float16", "float16"),
     ("registers", "float32"),
     ("registers_alone", "float32"),
     ("nothing_but_the_sink", "float32"),
     ("sink", "bfloat16"),
     ("several_tokens", "float32"),
     ("window", "float32"),
+    ("window_of_none", "float32"),
     ("window_and_registers", "float32"),
     ("ring", "bfloat16"),
+    ("ring_of_all", "float32"),
     ("alibi", "float32"),
     ("many_rows", "float32"),
     ("H=100", "float32"),
@@ -41,7 +45,7 @@ DEFAULT = [
 
 @pytest.mark.parametrize(
     "case",
-    by_default([case for case in CASES if (case.name, case.dtype) in DEFAULT], CASES),
+    by_default([BY_NAME[name] for name in DEFAULT], CASES),
     ids=lambda case: f"{case.name}-{case.dtype}",
 )
 def test_equals_xla(case):

@@ -120,11 +120,17 @@ def test_without_the_gate_it_is_wrong(name, monkeypatch):
 
 
 WITHOUT = list(zip(CASES, itertools.cycle(["float32", "float16"])))
+WITHOUT_BY_DEFAULT = [
+    (BY_NAME["far_keys"], "float16"),
+    (BY_NAME["one_near_key_causal"], "float32"),
+    (BY_NAME["weight_per_head"], "float16"),
+    (BY_NAME["row_masked"], "float32"),
+]
 
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    by_default([WITHOUT[i] for i in (1, 4, 21, 28)], WITHOUT),
+    by_default(WITHOUT_BY_DEFAULT, WITHOUT),
     ids=lambda x: getattr(x, "name", x),
 )
 def test_dtypes_without_a_gate(case, dtype):

@@ -160,18 +160,20 @@ def test_what_is_beyond_the_lengths_is_left_out(filling):
 
 
 @pytest.mark.parametrize(
-    ("options", "starts"),
+    ("options", "starts", "slopes"),
     [
-        (Options(is_causal=True, origin_sink=True), (-30, 60)),
-        (Options(window=(6, 3)), (16, -7)),
-        (Options(is_causal=True, window=(9, 9)), (5, 33)),
+        (Options(is_causal=True, origin_sink=True), (-30, 60), True),
+        (Options(window=(6, 3)), (16, -7), False),
+        (Options(is_causal=True, window=(9, 9)), (5, 33), True),
     ],
     ids=["causal", "window", "causal_window"],
 )
-def test_offsets(options, starts):
+def test_offsets(options, starts, slopes):
     options = dataclasses.replace(options, return_residual=True)
     with tiles(16, 16):
-        kernels.check_offset(triton.attend, options, starts, "float32", 1e-4, T=21, S=37)
+        kernels.check_offset(
+            triton.attend, options, starts, "float32", 1e-4, slopes=slopes, T=21, S=37
+        )
 
 
 @pytest.mark.exhaustive
