@@ -142,14 +142,18 @@ def test_a_row_that_outgrows_its_place_is_nan(attention, changes, capacity, last
     assert np.isnan(run(cache, last)).all()
 
 
-def test_a_ring_goes_on_for_ever():
+def test_a_ring_goes_on_for_ever_in_steps_that_it_was_made_for():
     model, variables = small_model({"window": 2}, positions="rope", num_layers=1)
     cache = empty_cache(model.config, 1, 100)
     assert num_slots(model.config, cache) == 3
     cache = cache._replace(lengths=cache.lengths + 10_000)
-    tokens = np.zeros((1, 1), np.int32)
-    logits, _ = quick_jit(lambda c: model.apply(variables, tokens, c, method="extend"))(cache)
-    assert np.isfinite(logits).all()
+
+    def extend(step):
+        tokens = np.zeros((1, step), np.int32)
+        return quick_jit(lambda c: model.apply(variables, tokens, c, method="extend")[0])(cache)
+
+    assert np.isfinite(extend(1)).all()
+    assert np.isnan(extend(2)).all()
 
 
 def test_a_step_reads_no_keys_to_square_them():
