@@ -84,6 +84,21 @@ def test_every_matrix_has_a_rule(model):
     assert parameter_spec("registers/embedding", (3, 16), mesh) == P()
 
 
+@pytest.mark.parametrize(
+    "matrices",
+    [
+        {"mlp/in/kernel": (16, 64), "mlp/out/kernel": (64, 16)},
+        {"attention/value/kernel": (16, 4, 4), "attention/out/kernel": (4, 4, 16)},
+    ],
+    ids=["mlp", "attention"],
+)
+def test_what_tensor_splits_is_summed_by_the_matrix_that_follows(matrices):
+    mesh = SimpleNamespace(shape=sizes(1, 2, 2, 1))
+    specs = [parameter_spec(f"block_0/{path}", shape, mesh) for path, shape in matrices.items()]
+    split = [[axis for axis in spec if axis] for spec in specs]
+    assert split == [["fsdp", "tensor"], ["tensor", "fsdp"]]
+
+
 def test_an_axis_that_does_not_divide_a_dimension_is_left_out():
     mesh = SimpleNamespace(shape=sizes(1, 2, 4, 1))
     assert parameter_spec("embedding/embedding", (257, 16), mesh) == P(None, "fsdp")

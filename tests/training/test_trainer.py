@@ -84,6 +84,16 @@ def test_train_save_restore_train_equals_a_run_never_stopped(config, tmp_path, a
     assert_same_end(tmp_path, finished_run)
 
 
+def test_a_run_that_goes_on_knows_the_losses_of_its_checkpoints(config, tmp_path, after):
+    after(9, kill)  # behind the evaluation and the checkpoint of step 8
+    with pytest.raises(Killed):
+        train(config, tmp_path)
+    known = []
+    after(9, lambda trainer: known.extend(trainer._checkpoints.losses))
+    train(config, tmp_path)
+    assert known == [4, 8]
+
+
 def test_a_signal_stops_after_saving(config, tmp_path, after, finished_run):
     after(7, lambda trainer: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(TrainingStopped, match="after step 7") as stopped:
