@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from experiments import train
-from rbf_jax.training import load_run
+from rbf_jax.training import TrainingDiverged, load_run
 from tests.experiments.conftest import REPOSITORY, SMOKE, ends
 from tests.harness.runs import HANG
 from tests.harness.tiny import state_digests, without_timing
@@ -32,6 +32,15 @@ def test_wrong_input_is_one_line_and_status_2(arguments, message, tmp_path, monk
     assert error.startswith("train: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_divergence_has_a_status_of_its_own(tmp_path, monkeypatch, capsys):
+    def diverge(*_, **__):
+        raise TrainingDiverged("the loss of step 3 is not finite.")
+
+    monkeypatch.setattr("rbf_jax.training.train", diverge)
+    assert train.main(["train", SMOKE, f"--run={tmp_path / 'run'}"]) == 1
+    assert capsys.readouterr().err == "train: the loss of step 3 is not finite.\n"
 
 
 def test_help(capsys):

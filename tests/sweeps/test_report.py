@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import re
 
@@ -93,6 +94,13 @@ def test_the_csv_has_every_trial(written):
     assert float(row["value (best)"]) == 2.01
     assert row["begun_at"] == "0"
     assert row["folder"] == f"trials/{int(row['trial']):04d}"
+
+
+def test_the_csv_has_the_last_loss_and_the_best(folder):
+    row = table.rows(SweepStudy(folder))[0]
+    text = results.to_csv([dataclasses.replace(row, loss=1.5, best_loss=1.25)], "best")
+    (line,) = csv.DictReader(text.splitlines())
+    assert (line["last_valid_loss"], line["best_valid_loss"]) == ("1.5", "1.25")
 
 
 def test_the_report_says_what_is_best_what_failed_and_how_sure_that_is(written):
