@@ -83,7 +83,10 @@ def test_command_is_understood(command, tmp_path, monkeypatch):
     assert PROGRAMS[argv[0]](argv) == 2  # the run is missing, not the option misunderstood
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.name)
+PAGES = [DOCS.parent / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page):
     missing = [x for x in LINK.findall(page.read_text()) if not (page.parent / x).exists()]
     assert not missing
