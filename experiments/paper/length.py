@@ -66,6 +66,7 @@ from experiments import config_files
 from experiments.figure_runs import Experiment
 from rbf_jax.analysis import paired
 from rbf_jax.analysis.records import Record
+from rbf_jax.analysis.report import markdown_table
 from rbf_jax.analysis.variants import Variant
 from rbf_jax.data import load_data
 from rbf_jax.data.files import write_text
@@ -309,7 +310,7 @@ def report(records: Mapping[str, Record], rows: Sequence[Variant]) -> str:
     head = ["attention", "positions", "sink", "valid", f"last quarter of {trained:,}"]
     head += [f"{a:,}-{b:,}" for a, b in spans]
     head += [f"window, {where}", "use", "verdict", f"beyond {trained:,}"]
-    table = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
+    table = [head]
     for row in rows:
         if (record := records.get(row.name)) is None:
             continue
@@ -327,7 +328,7 @@ def report(records: Mapping[str, Record], rows: Sequence[Variant]) -> str:
         cells += [f"{mean:.3f}" for mean in means]
         cells += [paired.interval(paired.as_numbers(value), 3), verdict(value)]
         table.append([*cells, f"{np.mean(record.inside['beyond']):.1%}"])
-    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    lines = [markdown_table(table)]
     if (contrast := primary(records)) is not None:
         names = " and ".join(" - ".join(best) for best in contrast["chosen"])
         text = paired.interval(contrast["contrast"], 3)
@@ -340,12 +341,12 @@ def summary(records: Mapping[str, Record]) -> str:
     """Returns a table of mean `use`, Markdown: kinds by positions and sinks."""
     columns = list(itertools.product(_POSITIONS, _SINKS))
     head = [f"{_POSITIONS[position]}, {_SINKS[sink][0]}" for position, sink in columns]
-    table = [["attention", *head], ["---", *["---:"] * len(head)]]
+    table = [["attention", *head]]
     for kind, (title, _) in _KINDS.items():
         found = [records.get(f"{kind}-{position}-{sink}") for position, sink in columns]
         cells = ["" if record is None else f"{np.mean(use(record)):+.2f}" for record in found]
         table.append([title, *cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return markdown_table(table)
 
 
 def main(argv: Sequence[str]) -> int:

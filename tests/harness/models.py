@@ -1,7 +1,6 @@
 """Small models with random parameters, registers too: at their zeros much would go unseen."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,6 @@ import numpy as np
 from rbf_jax.nn import AttentionConfig, CausalLM, TransformerConfig
 
 VOCAB, LENGTH = 17, 12
-
-# On a GPU, and where tests compile as users do, these still compile in less time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def small_config(attention=None, **changes) -> TransformerConfig:

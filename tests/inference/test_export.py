@@ -11,7 +11,7 @@ import pytest
 from rbf_jax.data.tokenizer import ByteTokenizer
 from rbf_jax.inference import Sampling, complete, save_model
 from rbf_jax.inference.export import export_programs, save_programs
-from tests.harness.models import quick_jit, small_model
+from tests.harness.models import small_model
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6]]
 SIZES = {"prompt_length": 6, "capacity": 12}
@@ -114,7 +114,7 @@ def test_programs_take_any_number_of_rows_and_run_on_gpus_too(exported):
     following, cache = programs["step"].call(params, cache, tokens[:, :1])
     np.testing.assert_array_equal(cache["lengths"], lengths + 1)
     row = np.concatenate([tokens, tokens[:, :1]], axis=1)
-    expected = np.asarray(quick_jit(model.apply)(variables, row))
+    expected = np.asarray(jax.jit(model.apply)(variables, row))
     atol = 0.02 * np.abs(expected).max()
     np.testing.assert_allclose(logits, expected[:, 5], atol=atol)
     np.testing.assert_allclose(following[:, 0], expected[:, 6], atol=atol)

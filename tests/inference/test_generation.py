@@ -6,7 +6,7 @@ import pytest
 
 from rbf_jax.inference import Sampling, complete, generate
 from rbf_jax.inference import generation as module
-from tests.harness.models import LENGTH, VOCAB, quick_jit, small_model
+from tests.harness.models import LENGTH, VOCAB, small_model
 
 PROMPTS = [[3, 1, 4, 1], [5], [9, 2]]
 GREEDY = Sampling(temperature=0)
@@ -22,7 +22,7 @@ def test_greedy_takes_the_likeliest_token_of_the_whole_row_each_time(small):
     model, variables = small
     new = 5
     got = complete(model, variables, PROMPTS, max_new_tokens=new, sampling=GREEDY)
-    logits = quick_jit(lambda tokens: model.apply(variables, tokens))
+    logits = jax.jit(lambda tokens: model.apply(variables, tokens))
     for prompt, text in zip(PROMPTS, got):
         row = list(prompt)
         for _ in range(new):  # What follows is of no account: one program for all lengths.
@@ -82,7 +82,7 @@ def test_learned_positions_are_used_to_the_last():
     prompt = [1] * 5
     options = {"max_new_tokens": LENGTH + 1 - 5, "sampling": GREEDY}
     (text,) = complete(model, variables, [prompt], **options)
-    logits = quick_jit(lambda tokens: model.apply(variables, tokens))(
+    logits = jax.jit(lambda tokens: model.apply(variables, tokens))(
         np.array([prompt + text[:-1]], np.int32)
     )
     assert text == list(np.argmax(logits[0], axis=-1)[4:])

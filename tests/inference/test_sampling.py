@@ -5,7 +5,6 @@ import pytest
 
 from rbf_jax.inference import Sampling
 from rbf_jax.inference.sampling import sample
-from tests.harness.models import quick_jit
 
 P = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
 DRAWS = 4000
@@ -15,7 +14,7 @@ def _shares(sampling, p=P):
     """How often each token is drawn."""
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32)), (DRAWS, len(p)))
     keys = jax.random.split(jax.random.key(0), DRAWS)
-    tokens = quick_jit(lambda x, keys: sample(x, keys, sampling))(logits, keys)
+    tokens = jax.jit(lambda x, keys: sample(x, keys, sampling))(logits, keys)
     assert tokens.dtype == jnp.int32
     return np.bincount(tokens, minlength=len(p)) / DRAWS
 

@@ -8,7 +8,7 @@ import pytest
 
 from rbf_jax.nn.attention import Attention, exclude_own_value
 from rbf_jax.nn.positions import sinusoids
-from tests.harness.models import normal, primitives, quick_jit, random_variables, small_config
+from tests.harness.models import normal, primitives, random_variables, small_config
 
 B, R, T, D, H = 2, 2, 6, 16, 4
 SEGMENTS = jnp.asarray([[1, 1, 1, 2, 2, 2], [1, 2, 2, 2, 2, 0]], jnp.int32)
@@ -49,7 +49,7 @@ def test_sown_weights_times_values_are_the_output(case):
     segments = SEGMENTS if use_segments else None
     variables = random_variables(layer, x, angles, segments)
 
-    @quick_jit
+    @jax.jit
     def apply(variables, x):
         return layer.apply(variables, x, angles, segments, mutable=["intermediates"])
 
@@ -75,7 +75,7 @@ def test_sown_norms_and_maximum():
         {"learn_gamma": True, "learn_key_norm_weight": True}, positions="none", num_kv_heads=None
     )
     variables = random_variables(layer, x)
-    apply = quick_jit(lambda v: layer.apply(v, x, mutable=["intermediates"]))
+    apply = jax.jit(lambda v: layer.apply(v, x, mutable=["intermediates"]))
     _, sown = apply(variables)
     sown = {name: value for name, (value,) in sown["intermediates"].items()}
     parameters = variables["params"]
@@ -112,7 +112,7 @@ def test_dot_is_dot_product_attention():
     kernels = {name: value["kernel"] for name, value in variables["params"].items()}
     heads = [jnp.asarray(_heads(kernels[name], x)) for name in ("query", "key", "value")]
 
-    @quick_jit
+    @jax.jit
     def run(variables, heads):
         attend = functools.partial(jax.nn.dot_product_attention, *heads, is_causal=True)
         return (
@@ -132,7 +132,7 @@ def test_gamma_and_lambda_start_as_configured_and_learn():
     layer, _, _ = _layer({**options, **learn}, positions="none")
     cotangent = normal(1, *x.shape)
 
-    @quick_jit
+    @jax.jit
     def run(key):
         variables = layer.init(key, x)
         variables = jax.tree.map(lambda p: 20 * p if p.ndim > 1 else p, variables)
@@ -154,7 +154,7 @@ def test_qk_norm_normalises_keys_per_head():
     layer, x, _ = _layer({"qk_norm": True}, positions="none", num_registers=0)
     variables = random_variables(layer, x)
     variables["params"]["key_norm"] = {"scale": np.full(H, 3, np.float32)}
-    apply = quick_jit(lambda v: layer.apply(v, 5 * x, mutable=["intermediates"]))
+    apply = jax.jit(lambda v: layer.apply(v, 5 * x, mutable=["intermediates"]))
     _, sown = apply(variables)
     np.testing.assert_allclose(sown["intermediates"]["key_norms"][0], 3 * np.sqrt(H), rtol=1e-3)
 
@@ -165,7 +165,7 @@ def test_zero_registers_start_at_the_origin(positions):
     layer, _, angles = _layer(positions=positions)
     x = jnp.zeros((B, R + T, D))
 
-    @quick_jit
+    @jax.jit
     def run(key):
         variables = layer.init(key, x, angles)
         return variables, *layer.apply(variables, x, angles, mutable=["intermediates"])
@@ -187,7 +187,7 @@ def test_exclusive_output_is_orthogonal_to_the_own_value():
     value[0, 0, 0] = 0
     value[0, 1] *= 1e-25  # whose square is 0 in float32
 
-    @quick_jit
+    @jax.jit
     def run(out, value):
         gradient = jax.grad(lambda v: jnp.vdot(exclude_own_value(out, v), out))(value)
         return exclude_own_value(out, value), gradient
@@ -211,7 +211,7 @@ def test_exclusive_gradients_are_those_of_the_formula():
         unit = jnp.repeat(value / jnp.linalg.norm(value, axis=-1, keepdims=True), 2, axis=2)
         return out - jnp.sum(out * unit, axis=-1, keepdims=True) * unit
 
-    @quick_jit
+    @jax.jit
     def run(out, value):
         return [jax.vjp(f, out, value)[1](cotangent) for f in (exclude_own_value, formula)]
 
@@ -223,10 +223,10 @@ def test_exclusive_gradients_are_those_of_the_formula():
 def test_a_layer_that_does_not_normalise_sums_kernels(positions):
     layer, x, angles = _layer({"normalize": False, "gamma": 0.1}, positions=positions)
     variables = random_variables(layer, x, angles)
-    _, sown = quick_jit(lambda v: layer.apply(v, x, angles, mutable=["intermediates"]))(variables)
+    _, sown = jax.jit(lambda v: layer.apply(v, x, angles, mutable=["intermediates"]))(variables)
     normalised = Attention(small_config({"gamma": 0.1}, positions=positions))
 
-    @quick_jit
+    @jax.jit
     def run(variables):
         # An output projection that keeps the heads apart shows what went into it.
         out = jnp.eye(D).reshape(4, H, D)
@@ -248,7 +248,7 @@ def test_exclusive_layer_projects_before_the_output_projection():
     variables["params"]["out"]["kernel"] = np.eye(D, dtype=np.float32).reshape(4, H, D)
     value = jnp.asarray(_heads(variables["params"]["value"]["kernel"], x))
 
-    @quick_jit
+    @jax.jit
     def run(variables):
         out, attended = (
             module.apply(variables, x, angles).reshape(B, R + T, 4, H) for module in (layer, plain)

@@ -8,7 +8,7 @@ import pytest
 from rbf_jax.nn import cache as caches
 from rbf_jax.nn.cache import empty_cache, num_slots
 from rbf_jax.ops.cache import empty
-from tests.harness.models import LENGTH, VOCAB, primitives, quick_jit, small_config, small_model
+from tests.harness.models import LENGTH, VOCAB, primitives, small_config, small_model
 
 B = 3
 PROMPTS = np.int32([5, 1, 2])
@@ -49,7 +49,7 @@ def _run(model, variables, max_step=3):
     Rows are of different lengths from the prompt to the end; up to `max_step` tokens at once.
     """
 
-    @quick_jit
+    @jax.jit
     def whole(variables):
         prefill = model.apply(
             variables,
@@ -60,7 +60,7 @@ def _run(model, variables, max_step=3):
         )
         return model.apply(variables, TOKENS), prefill
 
-    @quick_jit
+    @jax.jit
     def extend(variables, tokens, cache, counts):
         return model.apply(variables, tokens, cache, counts, method="extend")
 
@@ -109,7 +109,7 @@ def test_bfloat16():
 
 def test_tokens_beyond_a_rows_length_are_of_no_account():
     model, variables = small_model({"window": 2}, positions="alibi")
-    run = quick_jit(
+    run = jax.jit(
         lambda tokens: model.apply(
             variables, tokens, PROMPTS, empty_cache(model.config, B, LENGTH), method="prefill"
         )
@@ -133,7 +133,7 @@ def test_a_row_that_outgrows_its_place_is_nan(attention, changes, capacity, last
     cache = empty_cache(model.config, 1, capacity)
     zeros = np.zeros((1, 1), np.int32)
 
-    @quick_jit
+    @jax.jit
     def run(cache, start):
         cache = cache._replace(lengths=cache.lengths + start)
         return model.apply(variables, zeros, cache, method="extend")[0]
@@ -150,7 +150,7 @@ def test_a_ring_goes_on_for_ever_in_steps_that_it_was_made_for():
 
     def extend(step):
         tokens = np.zeros((1, step), np.int32)
-        return quick_jit(lambda c: model.apply(variables, tokens, c, method="extend")[0])(cache)
+        return jax.jit(lambda c: model.apply(variables, tokens, c, method="extend")[0])(cache)
 
     assert np.isfinite(extend(1)).all()
     assert np.isnan(extend(2)).all()

@@ -9,7 +9,7 @@ from flax import nnx
 
 from rbf_jax import rbf_attention
 from rbf_jax.nn import rbf_attention_fn
-from tests.harness.models import normal, quick_jit, random_variables
+from tests.harness.models import normal, random_variables
 
 B, T, N, H, D = 2, 5, 2, 4, 8
 LENGTHS = np.asarray([5, 3])
@@ -40,7 +40,7 @@ def test_linen_layer_with_masks_jit_and_gradients(normalize):
     x, cotangent = normal(0, B, T, D), normal(1, B, T, D)
     variables = random_variables(layer, x)
 
-    @quick_jit
+    @jax.jit
     def run(variables):
         kernels = {name: value["kernel"] for name, value in variables["params"].items()}
         out, pullback = jax.vjp(lambda v: layer.apply(v, x, mask=_mask()), variables)
@@ -77,7 +77,7 @@ def test_nnx_layer_with_mask_and_is_causal(normalize):
     def run(layer, x):
         return layer(x, mask=mask, is_causal=True)
 
-    expected = quick_jit(
+    expected = jax.jit(
         lambda k: _expected(k, x, is_causal=True, key_value_seq_lengths=LENGTHS, **options)
     )
     np.testing.assert_allclose(run(layer, x), expected(kernels), atol=1e-6)
@@ -87,15 +87,15 @@ def test_nnx_layer_with_mask_and_is_causal(normalize):
 def test_any_batch_axes_and_masks_that_broadcast(mask_shape):
     query, key, value = (normal(i, 3, 2, T, N, H) for i in range(3))
     mask = np.random.default_rng(3).random(mask_shape) < 0.7
-    out = quick_jit(rbf_attention_fn)(query, key, value, mask=mask)
+    out = jax.jit(rbf_attention_fn)(query, key, value, mask=mask)
     full = np.broadcast_to(mask, (3, 2, N, T, T))
-    each = quick_jit(jax.vmap(jax.vmap(lambda q, k, v, m: rbf_attention(q, k, v, m))))
+    each = jax.jit(jax.vmap(jax.vmap(lambda q, k, v, m: rbf_attention(q, k, v, m))))
     np.testing.assert_allclose(out, each(query, key, value, full), atol=1e-6)
 
 
 def test_no_batch_axis():
     query, key, value = (normal(i, T, N, H) for i in range(3))
-    run = quick_jit(
+    run = jax.jit(
         lambda *x: (rbf_attention_fn(*x, is_causal=True), rbf_attention(*x, is_causal=True))
     )
     np.testing.assert_allclose(*run(query, key, value), atol=1e-6)
@@ -116,7 +116,7 @@ def test_linen_sows_the_weights_that_were_used(option):
     x = normal(0, 1, B, T, D)
     variables = random_variables(layer, x)
 
-    @quick_jit
+    @jax.jit
     def run(variables):
         return layer.apply(variables, x, mask=_mask(), sow_weights=True, mutable=["intermediates"])
 

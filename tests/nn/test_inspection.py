@@ -1,11 +1,12 @@
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rbf_jax.nn.inspection import largest_logit
-from tests.harness.models import normal, quick_jit
+from tests.harness.models import normal
 
 B, R, T, N, K, H = 2, 2, 7, 4, 2, 4
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 0, 0, 0]], np.int32)
@@ -51,7 +52,7 @@ def test_largest_logit(rules, chunk):
     options = dict(zip(names, rest), gamma=gamma, key_norm_weight=weight, chunk=chunk)
     if rest[0] is not None:
         options["segment_ids"] = jnp.asarray(rest[0])
-    run = quick_jit(functools.partial(largest_logit, num_registers=R, **options))
+    run = jax.jit(functools.partial(largest_logit, num_registers=R, **options))
     np.testing.assert_allclose(run(query, key), expected, rtol=1e-5)
 
 
@@ -60,4 +61,4 @@ def test_without_text_there_is_no_largest_logit():
     nothing = jnp.zeros((1, 3), jnp.int32)
     options = {"segment_ids": nothing, "window": None, "alibi_slopes": None}
     options |= {"num_registers": 0, "gamma": 1, "key_norm_weight": 1}
-    assert quick_jit(functools.partial(largest_logit, **options))(query, key) == -np.inf
+    assert jax.jit(functools.partial(largest_logit, **options))(query, key) == -np.inf

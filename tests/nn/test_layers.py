@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rbf_jax.nn.layers import REGISTER_EPSILON, TOKEN_EPSILON, Norm
-from tests.harness.models import normal, quick_jit
+from tests.harness.models import normal
 
 
 @pytest.mark.parametrize("heads", [(), (3,)])
@@ -43,5 +43,5 @@ def test_a_zero_register_has_the_gradient_of_a_normal_vector():
     norm = Norm("float32", 1)
     variables = {"params": {"scale": jnp.ones(8)}}
     direction = jnp.broadcast_to(normal(0, 8), (1, 2, 8))
-    run = quick_jit(lambda x: jax.jvp(lambda x: norm.apply(variables, x), (x,), (direction,))[1])
+    run = jax.jit(lambda x: jax.jvp(lambda x: norm.apply(variables, x), (x,), (direction,))[1])
     np.testing.assert_allclose(run(jnp.zeros((1, 2, 8)))[0, 0], 10 * direction[0, 0], rtol=1e-5)

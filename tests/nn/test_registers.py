@@ -5,7 +5,7 @@ import pytest
 
 from rbf_jax import rbf_attention
 from rbf_jax.nn.registers import Registers, attend, merge
-from tests.harness.models import normal, quick_jit
+from tests.harness.models import normal
 
 B, R, T, N, K, H = 2, 3, 6, 4, 2, 8
 
@@ -22,7 +22,7 @@ def test_two_calls_merged_equal_one(kind):
     rules = {"segment_ids": jnp.ones((B, T), jnp.int32), "window": T}
     cotangent = normal(4, B, R + T, N, H)
 
-    @quick_jit
+    @jax.jit
     def both(*inputs):
         one, one_pullback = jax.vjp(lambda *x: attend(*x, R, **options), *inputs)
         two, two_pullback = jax.vjp(lambda *x: attend(*x, R, **options, **rules), *inputs)
@@ -43,7 +43,7 @@ def test_every_token_sees_all_registers_and_registers_see_no_text():
     marks[:, :R, :, 0] = 1
     marks[:, R:, :, 1] = 1
 
-    @quick_jit
+    @jax.jit
     def masses(query, key):
         slopes = np.full(N, 50.0)
         rules = {"segment_ids": segments, "window": 0, "alibi_slopes": slopes}
@@ -61,7 +61,7 @@ def test_alibi_counts_between_tokens_only():
     i = R + T - 1
     own = np.asarray([0, 1, 2, i])
 
-    @quick_jit
+    @jax.jit
     def run(query, key, value):
         out = attend(query, key, value, R, alibi_slopes=np.full(N, 1e4))
         return out[:, i:], rbf_attention(query[:, i:], key[:, own], value[:, own])
@@ -74,7 +74,7 @@ def test_no_registers_is_one_call():
     query, key, value = _inputs()
     segments = jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 2, 2]] * B, jnp.int32)
 
-    @quick_jit
+    @jax.jit
     def run(query, key, value):
         return attend(query, key, value, 0, segment_ids=segments, window=1), rbf_attention(
             query,
@@ -94,7 +94,7 @@ def test_a_register_at_zero_is_the_origin_sink():
     query, key, value = map(np.array, _inputs())
     key[:, :1] = value[:, :1] = 0
 
-    @quick_jit
+    @jax.jit
     def run(query, key, value):
         text = query[:, 1:], key[:, 1:], value[:, 1:]
         sink = rbf_attention(*text, is_causal=True, origin_sink=True)
@@ -106,7 +106,7 @@ def test_a_register_at_zero_is_the_origin_sink():
 
 def test_merge_is_attention_over_both_sets():
 
-    @quick_jit
+    @jax.jit
     def run(query, key, value):
         a = rbf_attention(query, key[:, :4], value[:, :4], return_residual=True)
         b = rbf_attention(query, key[:, 4:], value[:, 4:], return_residual=True)
@@ -120,7 +120,7 @@ def test_merge_is_safe_where_a_set_is_empty():
     logsumexp_b = jnp.asarray([-jnp.inf, 2.0, -jnp.inf, -300.0])
     a, b = jnp.full((4, 2), 3.0), jnp.full((4, 2), 5.0)
 
-    @quick_jit
+    @jax.jit
     def run(*inputs):
         out, pullback = jax.vjp(merge, *inputs)
         return out, pullback(jnp.ones_like(out))
@@ -135,7 +135,7 @@ def test_registers_are_put_in_front_and_start_as_asked():
     x = normal(0, B, T, 64).astype(jnp.bfloat16)
     for initial, deviation in (("zero", 0.0), ("normal", 0.02)):
         module = Registers(R, 64, initial)
-        out, variables = quick_jit(module.init_with_output)(jax.random.key(0), x)
+        out, variables = jax.jit(module.init_with_output)(jax.random.key(0), x)
         embedding = variables["params"]["embedding"]
         np.testing.assert_allclose(np.std(embedding), deviation, rtol=0.2)
         assert embedding.dtype == jnp.float32

@@ -4,15 +4,7 @@ import numpy as np
 import pytest
 
 from rbf_jax.nn import CausalLM
-from tests.harness.models import (
-    LENGTH,
-    VOCAB,
-    normal,
-    primitives,
-    quick_jit,
-    small_config,
-    small_model,
-)
+from tests.harness.models import LENGTH, VOCAB, normal, primitives, small_config, small_model
 
 HALF = LENGTH // 2
 TOKENS = np.random.default_rng(5).permutation(VOCAB)[:LENGTH].astype(np.int32)  # all distinct
@@ -25,7 +17,7 @@ PACKED = {
 def _reach(model, variables, tokens, t, **rules):
     """Logits, and which tokens' embeddings have an effect on those at (last row, t)."""
 
-    @quick_jit
+    @jax.jit
     def run(variables):
         logits, pullback = jax.vjp(lambda v: model.apply(v, tokens, **rules), variables)
         cotangent = jnp.zeros_like(logits).at[-1, t].set(normal(6, VOCAB))
@@ -52,7 +44,7 @@ def test_no_token_sees_later_ones_or_other_documents(positions, attention):
     model, variables = small_model(attention, positions=positions)
     packed, seen = _reach(model, variables, TOKENS[None], HALF + 3, **PACKED)
     np.testing.assert_array_equal(np.flatnonzero(seen), np.arange(HALF, HALF + 4))
-    apart = quick_jit(lambda v: model.apply(v, TOKENS.reshape(2, HALF)))(variables)
+    apart = jax.jit(lambda v: model.apply(v, TOKENS.reshape(2, HALF)))(variables)
     assert packed.shape == (1, LENGTH, VOCAB)
     np.testing.assert_allclose(packed.reshape(2, HALF, VOCAB), apart, atol=2e-4)
 
@@ -74,7 +66,7 @@ def test_registers_act_through_attention_only():
     """With values of 0 nothing of them is left: none of their rows is among the outputs."""
     model, variables = small_model(positions="none")
 
-    @quick_jit
+    @jax.jit
     def register_gradient(variables):
         logits, pullback = jax.vjp(lambda v: model.apply(v, TOKENS[None]), variables)
         gradients = pullback(jnp.ones_like(logits))[0]
@@ -92,7 +84,7 @@ def test_token_losses_are_the_cross_entropy_of_the_logits(tie_embeddings):
     model, variables = small_model(tie_embeddings=tie_embeddings, loss_chunk=5)
     targets = np.roll(TOKENS, -1)[None]
 
-    @quick_jit
+    @jax.jit
     def run(variables):
         logits = model.apply(variables, TOKENS[None], **PACKED)
         nll = model.apply(variables, TOKENS[None], targets, **PACKED, method="token_losses")
@@ -108,7 +100,7 @@ def test_token_losses_are_the_cross_entropy_of_the_logits(tie_embeddings):
 def test_positions_left_out_count_along_the_row():
     model, variables = small_model()
     count = np.arange(LENGTH, dtype=np.int32)[None]
-    run = quick_jit(
+    run = jax.jit(
         lambda v: [
             model.apply(v, TOKENS[None], positions) for positions in (None, count, count + 1)
         ]
@@ -124,7 +116,7 @@ def test_bfloat16_is_for_activations_only():
     model, same_shapes = small_model(dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(same_shapes)} == {jnp.dtype(jnp.float32)}
     small = jax.tree.map(lambda x: x / 2, variables)
-    run = quick_jit(lambda v: (exact.apply(v, TOKENS[None]), model.apply(v, TOKENS[None])))
+    run = jax.jit(lambda v: (exact.apply(v, TOKENS[None]), model.apply(v, TOKENS[None])))
     logits, rounded = run(small)
     assert logits.dtype == rounded.dtype == jnp.float32
     assert 0 < np.abs(rounded - logits).max() < 0.05 * np.abs(logits).max()
@@ -154,7 +146,7 @@ def test_remat_recomputes_blocks_but_not_attention():
     # GELU's tanh once per block, and once more in the backward pass; attention's log only once.
     assert (count(plain, "tanh"), count(remat, "tanh")) == (2, 4)
     assert count(plain, "log") == count(remat, "log") == 2
-    a, b = quick_jit(lambda v: (run(plain, v), run(remat, v)))(variables)
+    a, b = jax.jit(lambda v: (run(plain, v), run(remat, v)))(variables)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5 * max(1, np.abs(x).max()))
 
@@ -199,7 +191,7 @@ def test_initialisation_and_the_gradient_of_zero_registers():
     model = CausalLM(small_config(d_model=64, num_layers=3, num_heads=2, tie_embeddings=True))
     targets = np.roll(TOKENS, -1)[None]
 
-    @quick_jit
+    @jax.jit
     def run(key):
         variables = model.init(key, TOKENS[None])
 

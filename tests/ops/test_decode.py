@@ -10,7 +10,6 @@ import pytest
 from rbf_jax.ops import cache as caches
 from rbf_jax.ops import decode
 from tests.harness import cases, contract
-from tests.harness.models import quick_jit
 
 
 def attend(query, key, value, *, return_residual, is_causal=False, **options):
@@ -100,7 +99,7 @@ def _expected(query, key, value, window):
     return out, np.log(total[..., 0]).swapaxes(1, 2)
 
 
-@functools.partial(quick_jit, static_argnames=("window",))
+@functools.partial(jax.jit, static_argnames=("window",))
 def _step(cache, query, key, value, starts, lengths, window):
     cache = caches.append(cache, key, value, starts, lengths, R)
     return cache, decode.attend(
@@ -149,7 +148,7 @@ def test_norms_are_those_of_the_keys_as_they_are_kept():
     key = jax.random.normal(keys[0], (2, R + 6, K, H))
     query = jax.random.normal(keys[1], (2, 1, N, H), jnp.bfloat16)
 
-    @quick_jit
+    @jax.jit
     def run(key, query):
         lengths = jnp.array([6, 3], jnp.int32)
         cache = caches.fill(caches.empty(2, K, R + 8, H, jnp.bfloat16), key, key, lengths, R)

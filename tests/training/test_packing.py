@@ -8,7 +8,7 @@ from rbf_jax.data import load_data
 from rbf_jax.nn import AttentionConfig, CausalLM, TransformerConfig
 from rbf_jax.training.step import make_loss, model_inputs
 from tests.harness import corpus
-from tests.harness.models import quick_jit, random_variables
+from tests.harness.models import random_variables
 
 T = 288
 MODELS = {
@@ -60,7 +60,7 @@ def test_packed_documents_have_the_losses_and_gradients_of_unpacked_ones(name, b
     for layout, batch in batches.items():
         inputs = model_inputs(batch, packed=layout == "packed")
 
-        @quick_jit
+        @jax.jit
         def run(params, batch=batch, inputs=inputs, layout=layout):
             every = model.apply(
                 {"params": params},
