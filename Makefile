@@ -67,9 +67,8 @@ test-gpu:
 	@JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu" and "make test-gpu needs an NVIDIA GPU, and JAX sees only: " + jax.default_backend())'
 	XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_autotune_level=0" \
 	JAX_PLATFORMS=cuda,cpu $(GPU_PYTHON) -m pytest tests/ops -m '' $(GPU_PYTEST) \
-		--ignore-glob='tests/ops/*/interpreted' --ignore=tests/ops/triton/test_compile.py \
-		--ignore=tests/ops/test_partition.py --ignore=tests/ops/test_ring.py \
-		--ignore=tests/ops/test_sharded.py
+		--ignore-glob="tests/ops/gpu/*/interpreted" --ignore=tests/ops/gpu/triton/test_compile.py \
+		--ignore=tests/ops/parallel
 
 clean:
 	rm -rf $(VENV) runs .cache site dist build

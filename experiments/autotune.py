@@ -34,8 +34,9 @@ from experiments.benchmarks.options import command_line, json_file, positive
 from experiments.benchmarks.tile_timing import LENGTHS, Job, Outcome, Winner, do, start_worker
 from rbf_jax import environment
 from rbf_jax.data.files import write_text
-from rbf_jax.ops import nvidia
-from rbf_jax.ops.triton import launch, tiles
+from rbf_jax.ops.gpu import device as nvidia
+from rbf_jax.ops.gpu.triton import config as tiles
+from rbf_jax.ops.gpu.triton import launch
 
 _WORKER_BYTES = 4 * 2**30
 _SAME = ("gpu", "pass", "head_dim", "dtype", "causal", "length")

@@ -36,7 +36,7 @@ from experiments.benchmarks.decode_cells import COPY, CUDNN, TRITON, XLA, Cell
 from experiments.benchmarks.options import command_line, json_file, lengths, positive
 from rbf_jax import environment
 from rbf_jax.data.files import write_text
-from rbf_jax.ops.triton import launch
+from rbf_jax.ops.gpu.triton import launch
 
 # The dense pass makes float32 copies of keys and values.
 _XLA_BYTES = 2**28

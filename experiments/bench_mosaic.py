@@ -7,7 +7,7 @@ At B·T = 16,384 and N·H = 2,048, causal and full. All of a cell take turns rou
 same random arrays; a time is the median over the rounds, by the GPU's own clock where there is one
 (experiments/benchmarks/clock.py). A line gives the time, TFLOP/s, and the speed over that of
 cuDNN's dot product; tiles whose results are not those of "xla" are named so. The file has the
-medians, written after each cell. The best tiles belong into `rbf_jax.ops.mosaic.tiles.choose`.
+medians, written after each cell. The best tiles belong into `rbf_jax.ops.gpu.mosaic.config.choose`.
 
 Hardware: a GPU of compute capability 9.0 that nothing else runs on. Exit status: 0 measured; 2
 wrong command or no such GPU.
@@ -34,9 +34,9 @@ from experiments.benchmarks.contenders import Cell, dot_product, rbf
 from experiments.benchmarks.options import command_line, json_file, lengths
 from rbf_jax import environment
 from rbf_jax.data.files import write_text
-from rbf_jax.ops import nvidia
-from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, override_tiles
-from rbf_jax.ops.triton import launch
+from rbf_jax.ops.gpu import device
+from rbf_jax.ops.gpu.mosaic.config import HEAD_DIMS, Tiles, override_tiles
+from rbf_jax.ops.gpu.triton import launch
 
 TOKENS, WIDTH, ROUNDS, QUEUE_MILLISECONDS = 16384, 2048, 7, 30.0
 _LARGEST_DIFFERENCE = 2e-2  # in units of the largest output
@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=json_file, default="runs/bench_mosaic.json")
     options = parser.parse_args(argv[1:])
     problem = launch.unavailable()
-    if problem is None and nvidia.target().compute_capability != 90:
+    if problem is None and device.target().compute_capability != 90:
         problem = "needs compute capability 9.0"
     if problem is not None:
         print(f"bench_mosaic {problem}.", file=sys.stderr)

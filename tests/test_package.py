@@ -21,7 +21,7 @@ SOURCES = {"array_record", "pyarrow", "tensorflow_datasets", "tqdm"}
 # From the least to the most, so that one process can import one after the other.
 UNWANTED = {
     "rbf_jax": TENSORS | STACK,
-    "rbf_jax.ops.decode": TENSORS | STACK,
+    "rbf_jax.ops.decode.api": TENSORS | STACK,
     "rbf_jax.data": TENSORS | STACK | SOURCES,
     "rbf_jax.nn": TENSORS | STACK - {"flax"},
     "rbf_jax.training": TENSORS,

@@ -17,7 +17,7 @@ import jax
 
 from experiments.benchmarks.clock import Call
 from rbf_jax import rbf_attention
-from rbf_jax.ops import nvidia
+from rbf_jax.ops.gpu import device
 
 Arrays = Sequence[jax.Array]
 
@@ -148,7 +148,7 @@ def contenders() -> dict[str, Start]:
         "RBF cudnn": _jax_contender(functools.partial(rbf, implementation="cudnn")),
         TRUSTED: _jax_contender(functools.partial(rbf, implementation="xla")),
     }
-    if nvidia.unavailable() is None and nvidia.target().compute_capability == 90:
+    if device.unavailable() is None and device.target().compute_capability == 90:
         found[MOSAIC] = _jax_contender(functools.partial(rbf, implementation="mosaic"))
     if importlib.util.find_spec("torch") is not None:
         found[FLEX] = _flex

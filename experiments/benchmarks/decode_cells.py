@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks.clock import Call, Clock, Timing, one_line
-from rbf_jax.ops import decode
-from rbf_jax.ops.cache import KeysValues
-from rbf_jax.ops.triton.decode import Sizes, override_sizes
+from rbf_jax.ops.decode import api as decode
+from rbf_jax.ops.decode.cache import KeysValues
+from rbf_jax.ops.decode.triton import Sizes, override_sizes
 
 TRITON = "RBF triton"
 XLA = "RBF xla"

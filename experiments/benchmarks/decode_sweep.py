@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from experiments.benchmarks import decode_cells as cells
 from experiments.benchmarks.clock import Clock
 from experiments.benchmarks.decode_cells import Cell
-from rbf_jax.ops import nvidia
-from rbf_jax.ops.triton.decode import Sizes, choose_sizes
-from rbf_jax.ops.triton.tiles import Tiles
+from rbf_jax.ops.decode.triton import Sizes, choose_sizes
+from rbf_jax.ops.gpu import device
+from rbf_jax.ops.gpu.triton.config import Tiles
 
 # Short, long, many rows, groups.
 CELLS = (
@@ -92,13 +92,13 @@ def default(cell: Cell) -> Sizes:
         visible=cell.length,
         head_dim=cell.head_dim,
         dtype=jnp.dtype("bfloat16"),
-        target=nvidia.target(),
+        target=device.target(),
     )
 
 
 def splits_of(cell: Cell) -> list[int]:
     """Numbers of splits that make so many programs to a multiprocessor."""
-    heads, processors = cell.batch * cell.kv_heads, nvidia.target().num_multiprocessors
+    heads, processors = cell.batch * cell.kv_heads, device.target().num_multiprocessors
     found = {max(1, min(128, round(n * processors / heads))) for n in PROGRAMS}
     return sorted(found | {default(cell).num_splits})
 

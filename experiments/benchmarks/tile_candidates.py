@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from rbf_jax.ops.triton.tiles import (
+from rbf_jax.ops.gpu.triton.config import (
     Pass,
     Tiles,
     default_tiles,

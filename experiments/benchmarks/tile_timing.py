@@ -25,8 +25,8 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.clock import Call, Clock, one_line
 from experiments.benchmarks.tile_candidates import candidates, with_heads_at_once
-from rbf_jax.ops.triton.tiles import Pass, Tiles, override_tiles
-from rbf_jax.ops.types import Inputs, Options
+from rbf_jax.ops.call import Inputs, Options
+from rbf_jax.ops.gpu.triton.config import Pass, Tiles, override_tiles
 
 TOKENS, WIDTH = 16384, 2048  # B·T and N·H of all that is timed
 # T of each class of lengths.
@@ -211,7 +211,7 @@ class _Bench:
 
     def _run(self, name: Pass, length: str) -> Callable:
         """A function of flat arrays; what comes after them has its own shape already."""
-        from rbf_jax.ops.triton.attention import one_pass
+        from rbf_jax.ops.gpu.triton.passes import one_pass
 
         shape = self._job.shape(length)
         N, H = shape[2:]

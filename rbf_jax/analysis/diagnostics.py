@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from jax.scipy.special import xlogy
 
 from rbf_jax.nn.config import TransformerConfig
-from rbf_jax.ops.triton import gate
+from rbf_jax.ops.gpu import bound as gate
 
 # Of the norms of keys.
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -117,7 +117,7 @@ def diagnose(model: nn.Module, params: Any, batch: Mapping[str, jax.Array]) -> d
       the mean ‖v‖ of the other text.
     * gamma, key_norm_weight (L, N).
     * gated_by_head (L, N): share of rows that are too far below the bound γ‖q‖²/λ for the Triton
-      kernel to measure logits from it (`rbf_jax.ops.triton.gate`); 1 for dot products, which have
+      kernel to measure logits from it (`rbf_jax.ops.gpu.bound`); 1 for dot products, which have
       none. gated (L,): the mean over heads.
     * attention_map (L, N, M, R + M): weights of the first row's first M = 48 tokens.
 

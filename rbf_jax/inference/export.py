@@ -18,7 +18,7 @@ from rbf_jax.data.files import replacing, write_text
 from rbf_jax.inference.saved import flat_parameters, nested_parameters
 from rbf_jax.nn.cache import Cache, empty_cache
 from rbf_jax.nn.transformer import CausalLM
-from rbf_jax.ops.cache import KeysValues
+from rbf_jax.ops.decode.cache import KeysValues
 
 PLATFORMS = ("cpu", "cuda")
 

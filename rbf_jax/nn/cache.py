@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from rbf_jax.nn import registers
 from rbf_jax.nn.config import TransformerConfig
-from rbf_jax.ops import cache as caches
-from rbf_jax.ops import decode
-from rbf_jax.ops.cache import KeysValues
+from rbf_jax.ops.decode import api as decode
+from rbf_jax.ops.decode import cache as caches
+from rbf_jax.ops.decode.cache import KeysValues
 from rbf_jax.ops.unnormalized import unnormalize
 
 

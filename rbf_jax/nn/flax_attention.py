@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from rbf_jax.nn import inspection
 from rbf_jax.ops.api import Implementation, rbf_attention
-from rbf_jax.ops.types import squared_norms
+from rbf_jax.ops.call import squared_norms
 
 
 # linen passes an argument only if the function's signature names it, and drops it otherwise

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from rbf_jax.ops import cudnn, reference, sharded, validate, xla
-from rbf_jax.ops.mosaic import attention as mosaic
-from rbf_jax.ops.triton import attention as triton
-from rbf_jax.ops.types import Inputs, Masking, Options
+from rbf_jax.ops import cudnn, reference, validate, xla
+from rbf_jax.ops.call import Inputs, Masking, Options
+from rbf_jax.ops.gpu.mosaic import passes as mosaic
+from rbf_jax.ops.gpu.triton import passes as triton
+from rbf_jax.ops.parallel import mesh as sharded
 from rbf_jax.ops.unnormalized import unnormalize
 from rbf_jax.ops.vjp import Passes
 

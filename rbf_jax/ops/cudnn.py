@@ -20,8 +20,9 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
-from rbf_jax.ops import nvidia, partition
-from rbf_jax.ops.types import Inputs, Masking, Options
+from rbf_jax.ops.call import Inputs, Masking, Options
+from rbf_jax.ops.gpu import device
+from rbf_jax.ops.parallel import custom_partitioning
 
 _MULTIPLE = 8
 # The weights a, b, c. bfloat16 has float32's range. float16 ends at 65,504, loses bits below 6e-5,
@@ -39,7 +40,7 @@ def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | Non
     """Returns why this call cannot be done here, as the rest of a sentence, or None if it can."""
     H = inputs.query.shape[-1]
     given = [name for name, rule in masking._asdict().items() if rule is not None]
-    if (reason := nvidia.unavailable() or partition.unsupported()) is not None:
+    if (reason := device.unavailable() or custom_partitioning.unsupported()) is not None:
         return reason
     if inputs.query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"supports bfloat16 and float16, not {inputs.query.dtype}"
@@ -53,7 +54,7 @@ def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | Non
         return "does not return a float32 logsumexp (return_residual, normalize=False)"
     if options.window is not None and not options.is_causal:
         return "supports local_window_size together with is_causal only"
-    limit = 256 if nvidia.target().compute_capability >= 90 else 128
+    limit = 256 if device.target().compute_capability >= 90 else 128
     if _augmented_dim(H) > limit:
         return f"supports head dimensions up to {limit - _MULTIPLE} on this GPU, not {H}"
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rbf_jax.ops.types import (
+from rbf_jax.ops.call import (
     Inputs,
     Masking,
     Options,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from rbf_jax.ops.types import accumulation_dtype, squared_norms
+from rbf_jax.ops.call import accumulation_dtype, squared_norms
 
 
 def unnormalize(

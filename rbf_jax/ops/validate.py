@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rbf_jax.ops.types import Inputs, Masking, accumulation_dtype
+from rbf_jax.ops.call import Inputs, Masking, accumulation_dtype
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 

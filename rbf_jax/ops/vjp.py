@@ -23,8 +23,8 @@ from typing import NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from rbf_jax.ops.types import Inputs, Masking, Options
-from rbf_jax.ops.varying import vary_together
+from rbf_jax.ops.call import Inputs, Masking, Options
+from rbf_jax.ops.parallel.manual_axes import vary_together
 
 # Names for jax.checkpoint policies, so that remat can keep what is dear to recompute.
 OUTPUT_NAME = "rbf_attention_out"

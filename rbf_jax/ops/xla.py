@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbf_jax.ops.types import (
+from rbf_jax.ops.call import (
     Inputs,
     Masking,
     Options,

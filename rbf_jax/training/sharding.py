@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rbf_jax.ops.sharded import BATCH_AXES, SEQUENCE_AXIS
-from rbf_jax.ops.sharded import NAMES as AXES
+from rbf_jax.ops.parallel.mesh import BATCH_AXES, SEQUENCE_AXIS
+from rbf_jax.ops.parallel.mesh import NAMES as AXES
 
 Batch = Mapping[str, Any]
 

@@ -8,11 +8,11 @@ import pytest
 from experiments import autotune
 from experiments.benchmarks import tile_candidates
 from experiments.benchmarks.tile_timing import LENGTHS, Job, Outcome, Winner
-from rbf_jax.ops import nvidia
-from rbf_jax.ops.triton import tiles
-from rbf_jax.ops.triton.tiles import PASSES, Tiles
+from rbf_jax.ops.gpu import device
+from rbf_jax.ops.gpu.triton import config as tiles
+from rbf_jax.ops.gpu.triton.config import PASSES, Tiles
 
-H100 = nvidia.Target("NVIDIA H100 80GB HBM3", 90)
+H100 = device.Target("NVIDIA H100 80GB HBM3", 90)
 JOB = Job("keys", 64, "bfloat16", True, tuple(LENGTHS))
 FAST, SLOW = Tiles(64, 64, 4, 3, 8, 168), Tiles(32, 64, 4, 2)
 
@@ -51,7 +51,7 @@ def test_a_candidate_gets_fewer_stages_where_memory_is_short(monkeypatch):
 
 
 def test_merging_replaces_what_was_measured_again_and_keeps_the_rest():
-    other_gpu = nvidia.Target("NVIDIA A100-SXM4-40GB", 80)
+    other_gpu = device.Target("NVIDIA A100-SXM4-40GB", 80)
     old = [
         autotune.entry(JOB, winner(SLOW), H100),
         autotune.entry(JOB, winner(SLOW, "short"), H100),
@@ -77,7 +77,7 @@ def options(out, **changed):
 @pytest.fixture
 def tuned(monkeypatch):
     """Runs the tuner with these outcomes instead of measurements; returns what it said."""
-    monkeypatch.setattr(nvidia, "target", lambda: H100)
+    monkeypatch.setattr(device, "target", lambda: H100)
 
     def tune(options, outcomes):
         said = []

@@ -11,8 +11,8 @@ from experiments import bench_decode
 from experiments.benchmarks import decode_cells, decode_sweep
 from experiments.benchmarks.clock import Call, Timing
 from experiments.benchmarks.decode_cells import Cell
-from rbf_jax.ops import nvidia
-from rbf_jax.ops.triton.decode import Sizes
+from rbf_jax.ops.decode.triton import Sizes
+from rbf_jax.ops.gpu import device
 
 
 def test_measures_every_cell_and_writes_json_and_a_table(tmp_path, capsys):
@@ -86,7 +86,7 @@ def test_a_sweep_needs_a_gpu(capsys):
 
 def test_a_sweep_finds_the_best(monkeypatch):
     """Times are made up: three stages and many splits are best; one compilation fails."""
-    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("NVIDIA H100 80GB HBM3", 90))
+    monkeypatch.setattr(device, "target", lambda: device.Target("NVIDIA H100 80GB HBM3", 90))
     small = tuple(Cell(batch, 4096, 2, 1, 8, 4096) for batch in (16, 64))
     monkeypatch.setattr(decode_sweep, "CELLS", small)
 

@@ -10,8 +10,8 @@ import pytest
 from experiments import bench_mosaic as program
 from experiments.benchmarks.clock import Clock
 from experiments.benchmarks.contenders import Cell, rbf
-from rbf_jax.ops import nvidia
-from rbf_jax.ops.mosaic.tiles import HEAD_DIMS, Tiles, choose, overridden
+from rbf_jax.ops.gpu import device
+from rbf_jax.ops.gpu.mosaic.config import HEAD_DIMS, Tiles, choose, overridden
 
 
 @pytest.mark.parametrize("H", HEAD_DIMS)
@@ -47,7 +47,7 @@ def test_measure(monkeypatch):
 
 def test_the_file_has_all_cells(monkeypatch, tmp_path):
     monkeypatch.setattr(program.launch, "unavailable", lambda: None)
-    monkeypatch.setattr(program.nvidia, "target", lambda: nvidia.Target("GPU", 90))
+    monkeypatch.setattr(program.device, "target", lambda: device.Target("GPU", 90))
     monkeypatch.setattr(program, "measure", lambda cell, *_: {"all": float(cell.length)})
     out = tmp_path / "times.json"
     argv = ["bench_mosaic", "--head_dims=64", "--lengths=32,16", f"--out={out}"]

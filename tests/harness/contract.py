@@ -10,8 +10,8 @@ import numpy as np
 
 from rbf_jax import rbf_attention
 from rbf_jax.ops import cudnn
-from rbf_jax.ops.mosaic import tiles
-from rbf_jax.ops.types import Inputs, Options
+from rbf_jax.ops.call import Inputs, Options
+from rbf_jax.ops.gpu.mosaic import config as tiles
 from tests.harness import oracle as oracle_lib
 from tests.harness.cases import Case, on_cpu
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rbf_jax.ops import decode
-from rbf_jax.ops.cache import KeysValues
+from rbf_jax.ops.decode import api as decode
+from rbf_jax.ops.decode.cache import KeysValues
 
 TOLERANCES = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 

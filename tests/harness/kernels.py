@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rbf_jax.ops import reference
-from rbf_jax.ops.ring import Ring, ring_attention
-from rbf_jax.ops.types import Inputs, Masking, Options
+from rbf_jax.ops.call import Inputs, Masking, Options
+from rbf_jax.ops.parallel.ring import Ring, ring_attention
 from tests.harness import cases
 
 

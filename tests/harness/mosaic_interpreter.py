@@ -27,7 +27,8 @@ from jax._src.state import discharge, indexing
 from jax._src.state import primitives as state_primitives
 from jax._src.state import types as state_types
 
-from rbf_jax.ops import kernel_calls, partition
+from rbf_jax.ops.gpu import program as kernel_calls
+from rbf_jax.ops.parallel import custom_partitioning
 
 _REPLACED = {
     gpu_primitives.load_p: state_primitives.get_p,
@@ -203,7 +204,9 @@ def interpreted():
             gpu_callbacks, "is_gmem_memory_space", lambda x: x is None or _is_gmem(x)
         ),
         # The interpreter's callbacks are ordered, which custom_partitioning does not allow.
-        mock.patch.object(partition, "by_batch_and_heads", lambda call, given, *_: call(*given)),
+        mock.patch.object(
+            custom_partitioning, "by_batch_and_heads", lambda call, given, *_: call(*given)
+        ),
     ):
         _forget()
         try:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rbf_jax.ops import reference
-from rbf_jax.ops.types import Inputs, Masking, Options
+from rbf_jax.ops.call import Inputs, Masking, Options
 
 T, S = 21, 37
 OPTIONS = {

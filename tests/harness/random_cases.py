@@ -151,7 +151,7 @@ def describe(case):
 
 def work(seeds, implementation, interpret, reports):
     """Runs in a process of its own: reports (seed, violations) of each."""
-    from rbf_jax.ops.triton import launch
+    from rbf_jax.ops.gpu.triton import launch
     from tests.harness import contract
 
     with contextlib.ExitStack() as stack:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops.triton import launch
+from rbf_jax.ops.gpu.triton import launch
 from tests.harness import adversarial, cases, contract
 
 TRIES = 8

@@ -10,14 +10,14 @@ HEAD = """\
 
 Written by `python -m tests.harness.support > docs/implementations.md` from the cases that the
 contract suite ([`tests/ops`](../tests/ops)) runs on each; a test keeps it up to date. The last rows
-are those of `tests/ops/test_transformations.py` and `triton/test_lowering.py`. "triton" and "cudnn"
-run on NVIDIA GPUs only; everywhere else the suite runs the kernels by Triton's interpreter, and
-cuDNN's augmented heads through `jax.nn`. What is not supported raises NotImplementedError, and the
-suite tests that too.
+are those of `tests/ops/test_transformations.py` and `gpu/triton/test_lowering.py`. "triton" and
+"cudnn" run on NVIDIA GPUs only; everywhere else the suite runs the kernels by Triton's interpreter,
+and cuDNN's augmented heads through `jax.nn`. What is not supported raises NotImplementedError, and
+the suite tests that too.
 
-"mosaic" is for compute capability 9.0 and two versions of jax (`rbf_jax/ops/mosaic/attention.py`).
-Without such a GPU some of the cases run in Mosaic's interpreter (`tests/ops/mosaic/interpreted/`),
-and it lowers for sm_90.
+"mosaic" is for compute capability 9.0 and two versions of jax (`rbf_jax/ops/gpu/mosaic/passes.py`).
+Without such a GPU some of the cases run in Mosaic's interpreter
+(`tests/ops/gpu/mosaic/interpreted/`), and it lowers for sm_90.
 
 "triton" reads a general mask tile by tile and leaves out tiles that are wholly masked; windows,
 lengths and segment ids, where they say the same, are faster. In bfloat16 it measures weights from

@@ -23,8 +23,9 @@ from triton import language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-from rbf_jax.ops import nvidia
-from rbf_jax.ops.triton import attention, backward, decode_kernels, forward, launch  # noqa: F401
+from rbf_jax.ops.decode import triton_kernels  # noqa: F401 (here and below: to be interpreted)
+from rbf_jax.ops.gpu import device
+from rbf_jax.ops.gpu.triton import backward, forward, launch, passes  # noqa: F401
 
 _NAMES = {
     "bfloat16": "bf16",
@@ -130,7 +131,7 @@ def interpreted():
     replaced = [
         (module, name, _interpreted(value))
         for path, module in list(sys.modules.items())
-        if path.startswith(("triton.language", "rbf_jax.ops.triton."))
+        if path.startswith(("triton.language", "rbf_jax.ops.gpu.triton.", "rbf_jax.ops.decode."))
         for name, value in vars(module).items()
         if isinstance(value, JITFunction)
     ]
@@ -140,8 +141,8 @@ def interpreted():
         (launch, "run", _run),
         (launch, "unavailable", lambda: None),
         # Programs are kept by it: none of them is taken for one that is compiled.
-        (nvidia, "target", lambda: nvidia.Target("Triton's interpreter", 90)),
-        (attention, "_GATE_PROGRAMS", 2),
+        (device, "target", lambda: device.Target("Triton's interpreter", 90)),
+        (passes, "_GATE_PROGRAMS", 2),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, value in replaced:

@@ -7,7 +7,7 @@ import pytest
 
 from rbf_jax.nn import cache as caches
 from rbf_jax.nn.cache import empty_cache, num_slots
-from rbf_jax.ops.cache import empty
+from rbf_jax.ops.decode.cache import empty
 from tests.harness.models import LENGTH, VOCAB, primitives, small_config, small_model
 
 B = 3

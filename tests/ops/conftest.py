@@ -2,11 +2,11 @@
 
 import pytest
 
-from rbf_jax.ops import nvidia
+from rbf_jax.ops.gpu import device
 
 
 @pytest.fixture
 def h100(monkeypatch):
     """Programs are traced and lowered as on a machine with an H100."""
-    monkeypatch.setattr(nvidia, "unavailable", lambda: None)
-    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("NVIDIA H100 80GB HBM3", 90))
+    monkeypatch.setattr(device, "unavailable", lambda: None)
+    monkeypatch.setattr(device, "target", lambda: device.Target("NVIDIA H100 80GB HBM3", 90))

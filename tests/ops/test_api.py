@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops import api, nvidia
-from rbf_jax.ops.triton import launch
+from rbf_jax.ops import api
+from rbf_jax.ops.gpu import device
+from rbf_jax.ops.gpu.triton import launch
 
 Q = jnp.ones((2, 6, 4, 8))
 K = jnp.ones((2, 5, 2, 8))
@@ -80,13 +81,13 @@ def test_wrong_input(change, message):
 
 def pretend_gpu(monkeypatch, capability):
     """For which there is no Triton."""
-    monkeypatch.setattr(nvidia, "unavailable", lambda: None)
-    monkeypatch.setattr(nvidia, "target", lambda: nvidia.Target("a GPU", capability))
+    monkeypatch.setattr(device, "unavailable", lambda: None)
+    monkeypatch.setattr(device, "target", lambda: device.Target("a GPU", capability))
     monkeypatch.setattr(launch, "unavailable", lambda: "is not there")
 
 
 def test_cudnn_by_name_never_falls_back(monkeypatch):
-    monkeypatch.setattr(nvidia, "unavailable", lambda: "needs an NVIDIA GPU")
+    monkeypatch.setattr(device, "unavailable", lambda: "needs an NVIDIA GPU")
     with pytest.raises(
         NotImplementedError, match=r"needs an NVIDIA GPU.*'xla' and 'reference' can"
     ):

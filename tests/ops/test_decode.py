@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rbf_jax.ops import cache as caches
-from rbf_jax.ops import decode
+from rbf_jax.ops.decode import api as decode
+from rbf_jax.ops.decode import cache as caches
 from tests.harness import cases, contract
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops.triton import launch
+from rbf_jax.ops.gpu.triton import launch
 from tests.harness import cases, contract, support
 
 REFUSED = [case for case in cases.CASES if case.features & contract.CUDNN_REFUSES]

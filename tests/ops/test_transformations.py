@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops.types import Inputs, Masking, Options, squared_norms
+from rbf_jax.ops.call import Inputs, Masking, Options, squared_norms
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME, Residuals
 from rbf_jax.ops.xla import PASSES as xla_passes
 
@@ -224,7 +224,7 @@ def test_export_and_back(arrays):
 
 def test_traces_for_cuda_without_a_gpu(arrays, monkeypatch):
     """A machine without a GPU can export the default implementation for one that has one."""
-    monkeypatch.setattr("rbf_jax.ops.nvidia.unavailable", lambda: "needs an NVIDIA GPU")
+    monkeypatch.setattr("rbf_jax.ops.gpu.device.unavailable", lambda: "needs an NVIDIA GPU")
     q, k, v, _ = arrays
     f = jax.jit(lambda q, k, v: rbf_attention(q, k, v, is_causal=True))
     specs = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in (q, k, v)]

@@ -1,0 +1,1 @@
+"""Attention of new queries to a cache of keys."""
