@@ -76,8 +76,10 @@ def attention() -> ConfigDict:
             # λ at the start, the weight of the key norms (1 RBF, 0 dot product). For "rbf" only.
             "key_norm_weight": 1.0,
             "learn_key_norm_weight": False,
-            # A virtual key at the origin with value 0.
-            "origin_sink": False,
+            # What a query attends to where no token is near. "none". "origin": a virtual key at
+            # the origin with value 0. "learned": a virtual key with value 0 whose logit is learned
+            # per head, from 0. "register": register tokens in front of the sequence.
+            "sink": "register",
             # False: sums of exp(−γ‖q − k‖²) v, without softmax's denominator. For "rbf" only.
             "normalize": True,
             # Exclusive self attention: remove from each output its component along the token's
@@ -110,7 +112,9 @@ def model() -> ConfigDict:
             # "susie", "rope", "alibi", "learned" or "none".
             "positions": "susie",
             # Learned vectors in front of the sequence, and how they start: "zero" or "normal".
-            "num_registers": 1,
+            # None: 1 with attention.sink "register", else 0. The sinks "origin" and "learned" may
+            # have registers too.
+            "num_registers": optional(int),
             "register_init": "zero",
             "tie_embeddings": True,
             # Activations: "float32" or "bfloat16". Parameters are float32 always.

@@ -22,8 +22,8 @@ def get_config():
     config.model.norm = "layer"
     config.model.use_bias = True
     config.model.positions = "learned"
-    config.model.num_registers = 0
     config.model.attention.kind = "dot"
+    config.model.attention.sink = "none"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
     config.train.steps = 800

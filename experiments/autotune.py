@@ -34,7 +34,7 @@ from experiments.benchmarks.options import command_line, json_file, positive
 from experiments.benchmarks.tile_timing import LENGTHS, Job, Outcome, Winner, do, start_worker
 from rbf_jax import environment
 from rbf_jax.data.files import write_text
-from rbf_jax.ops.gpu import device as nvidia
+from rbf_jax.ops.gpu import device
 from rbf_jax.ops.gpu.triton import config as tiles
 from rbf_jax.ops.gpu.triton import launch
 
@@ -50,7 +50,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     return [Job(name, H, dtype, rule, lengths) for dtype, H, rule, name in cells]
 
 
-def entry(job: Job, winner: Winner, gpu: nvidia.Target) -> dict[str, Any]:
+def entry(job: Job, winner: Winner, gpu: device.Target) -> dict[str, Any]:
     """A line of the tuned table."""
     return {
         "gpu": gpu.name,
@@ -81,7 +81,7 @@ def merge(
 
 
 def outcomes(
-    todo: Sequence[Job], seconds: float, gpu: nvidia.Target, workers: int
+    todo: Sequence[Job], seconds: float, gpu: device.Target, workers: int
 ) -> Iterator[tuple[Job, Outcome]]:
     """Does the jobs in worker processes; what is not reached in time comes without winners."""
     deadline = time.time() + seconds
@@ -104,7 +104,7 @@ def outcomes(
 
 def tune(options: argparse.Namespace, command: str, say: Callable[[str], None]) -> None:
     """Measures, and writes `options.out` after every job."""
-    start, gpu, todo, out = time.time(), nvidia.target(), jobs(options), Path(options.out)
+    start, gpu, todo, out = time.time(), device.target(), jobs(options), Path(options.out)
     old = json.loads(out.read_text())["entries"] if out.exists() else []
     workers = max(1, min(len(todo), (os.cpu_count() or 2) - 1, _memory() // _WORKER_BYTES))
     say(f"{gpu.name}: {len(todo)} jobs, {workers} at a time")

@@ -41,11 +41,11 @@ from rbf_jax.nn.positions import sinusoids
 
 # The first is what the others are compared with. Registers are part of RBF's recipe.
 LAYERS: Mapping[str, Mapping[str, Any]] = {
-    "dot product, RoPE": {"kind": "dot", "positions": "rope", "num_registers": 0},
-    "dot product, SuSiE": {"kind": "dot", "positions": "susie", "num_registers": 0},
-    "RBF, RoPE": {"kind": "rbf", "positions": "rope", "num_registers": 0},
-    "RBF, SuSiE": {"kind": "rbf", "positions": "susie", "num_registers": 0},
-    "RBF, SuSiE, 1 register": {"kind": "rbf", "positions": "susie", "num_registers": 1},
+    "dot product, RoPE": {"kind": "dot", "positions": "rope", "sink": "none"},
+    "dot product, SuSiE": {"kind": "dot", "positions": "susie", "sink": "none"},
+    "RBF, RoPE": {"kind": "rbf", "positions": "rope", "sink": "none"},
+    "RBF, SuSiE": {"kind": "rbf", "positions": "susie", "sink": "none"},
+    "RBF, SuSiE, 1 register": {"kind": "rbf", "positions": "susie", "sink": "register"},
 }
 
 
@@ -58,7 +58,7 @@ def calls(name: str, length: int, options: argparse.Namespace) -> dict[str, tupl
         d_model=options.d_model,
         num_heads=options.heads,
         dtype=options.dtype,
-        attention=AttentionConfig(kind=fields.pop("kind")),
+        attention=AttentionConfig(kind=fields.pop("kind"), sink=fields.pop("sink")),
         **fields,
     )
     layer, rows = Attention(config), max(1, options.tokens // length)

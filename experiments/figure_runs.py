@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -57,17 +58,21 @@ class Experiment:
         """The record of a variant, if one of the very same configuration and seeds is there."""
         config = _plain(self.config(variant))
         wanted = records.identity(config, config)
+
+        def same(config: Mapping[str, Any]) -> bool:
+            return records.identity(config, self._schema) == wanted
+
         for folder in (self.out / "records", self.kept):
-            path = folder / f"{variant.name}{records.SUFFIX}" if folder else None
-            if path is None or not path.is_file():
+            path = _record_of(variant, folder, same)
+            if path is None:
                 continue
             try:
                 record = records.read_record(path)
             except ValueError as error:
                 logger.warning("%s; it is made again.", error)
                 continue
-            own = records.identity(record.config, self._schema)
-            if (own, record.seeds) != (wanted, self.seeds):
+            record = dataclasses.replace(record, name=variant.name)
+            if not same(record.config) or record.seeds != self.seeds:
                 logger.info("%s is of another configuration and is not used.", path)
             elif lacking := self._lengths(variant) - set(record.lengths):
                 at = ", ".join(map(str, sorted(lacking)))
@@ -82,9 +87,15 @@ class Experiment:
         return _plain(schema.get_config())
 
     def find_kept(self, variant: Variant) -> Record | None:
-        """The kept record of a variant by its name, whatever it was trained on."""
-        path = self.kept / f"{variant.name}{records.SUFFIX}" if self.kept else None
-        return records.read_record(path) if path is not None and path.is_file() else None
+        """The kept record of a variant, whatever it was trained on."""
+        wanted = records.model_identity(_plain(self.config(variant)), self._schema)
+
+        def same(config: Mapping[str, Any]) -> bool:
+            return records.model_identity(config, self._schema) == wanted
+
+        if (path := _record_of(variant, self.kept, same)) is None:
+            return None
+        return dataclasses.replace(records.read_record(path), name=variant.name)
 
     def train(
         self,
@@ -201,6 +212,25 @@ class Experiment:
 
     def _path(self, variant: Variant) -> Path:
         return self.out / "records" / f"{variant.name}{records.SUFFIX}"
+
+
+def _record_of(
+    variant: Variant, folder: Path | None, same: Callable[[Mapping[str, Any]], bool]
+) -> Path | None:
+    """Returns the record with the variant's name, or else one of the `same` configuration.
+
+    A key that is renamed renames variants: records from before have their old names.
+    """
+    if folder is None:
+        return None
+    path = folder / f"{variant.name}{records.SUFFIX}"
+    if path.is_file():
+        return path
+    for other in sorted(folder.glob(f"*{records.SUFFIX}")):
+        with contextlib.suppress(OSError, ValueError):
+            if same(records.read_config_of_record(other)):
+                return other
+    return None
 
 
 def _headline(record: Record) -> str:

@@ -13,8 +13,8 @@ from rbf_jax.analysis.comparison import steps_to_reach
 
 REPOSITORY = Path(__file__).parents[1]
 MATCHED, NORMED = "dot_scale=rbf,kind=dot", "kind=dot,qk_norm=True"
-SINK, NO_REGISTER = "origin_sink=True,num_registers=0", "num_registers=0"
-DOT_WITHOUT = "kind=dot,num_registers=0,positions=rope"
+SINK, NO_REGISTER = "sink=origin", "sink=none"
+DOT_WITHOUT = "kind=dot,sink=none,positions=rope"
 NUMBER = r"([+−-]?\d[\d,]*(?:\.\d+)?)"
 
 

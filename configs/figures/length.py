@@ -31,7 +31,7 @@ def get_config(scale: str = "paper"):
         raise ValueError(f"the scale is {scale!r}; it must be one of {', '.join(SEEDS)}.")
     config = scales.get_config(scale)
     config.model.positions = "rope"
-    config.model.num_registers = 0
+    config.model.attention.sink = "none"
     return _paper(config) if scale == "paper" else config
 
 

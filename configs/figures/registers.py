@@ -6,26 +6,40 @@ dot:  the same of 0 and 1 for the dot product with RoPE, to compare.
 
 from ml_collections import ConfigDict
 
+# Sink, number of registers (None: the sink's own), and how they start.
+_RBF = (
+    ("none", None, "zero"),
+    ("origin", None, "zero"),
+    ("register", None, "zero"),
+    ("origin", 1, "zero"),
+    ("register", None, "normal"),
+    ("origin", 1, "normal"),
+    ("register", 4, "zero"),
+    ("origin", 4, "zero"),
+    ("register", 4, "normal"),
+    ("origin", 4, "normal"),
+)
+
 
 def get_config(scale: str):
     """Returns what is trained; at the scale "smoke" without the sink, and 4 start at zero only."""
-    starts = ("zero", "zero", "normal", "zero", "normal")[: 4 if scale == "smoke" else 5]
-    sinks = (False,) if scale == "smoke" else (False, True)
+    rows = [row for row in _RBF if row[0] != "origin"][:4] if scale == "smoke" else _RBF
+    sinks, numbers, starts = zip(*rows)
     return ConfigDict(
         {
             "space": {
                 "rbf": (
                     {
-                        "model.num_registers": (0, 1, 1, 4, 4)[: len(starts)],
+                        "model.attention.sink": sinks,
+                        "model.num_registers": numbers,
                         "model.register_init": starts,
                     },
-                    {"model.attention.origin_sink": sinks},
                 ),
                 "dot": (
                     {"model.attention.kind": ("dot",)},
                     {"model.positions": ("rope",)},
                     {
-                        "model.num_registers": (0, 1, 1),
+                        "model.attention.sink": ("none", "register", "register"),
                         "model.register_init": ("zero", "zero", "normal"),
                     },
                 ),

@@ -1,7 +1,7 @@
 """What each part of the model does: a union of small grids around the demo's RBF model, 4 seeds.
 
 positions:  none, learned, RoPE, SuSiE, ALiBi × dot product, RBF
-registers:  0, 1, 4, started at zero or at random × without and with the sink at the origin
+registers:  0, 1, 4, started at zero or at random × without and with a virtual key at the origin
 norms:      λ, the weight of the key norms, from 0 (dot product) to 1 (RBF), fixed
 scale:      γ over its default 1/√H from 1/4 to 4, fixed
 learned:    λ and γ, each fixed or learned
@@ -31,10 +31,10 @@ def get_config():
         ),
         "registers": (
             {
-                "model.num_registers": (0, 1, 4, 1, 4),
-                "model.register_init": ("zero", "zero", "zero", "normal", "normal"),
+                "model.attention.sink": ("none", *("register",) * 4, *("origin",) * 5),
+                "model.num_registers": (None, None, 4, None, 4, None, 1, 4, 1, 4),
+                "model.register_init": ("zero", "zero", "zero", "normal", "normal") * 2,
             },
-            {"model.attention.origin_sink": (False, True)},
         ),
         "norms": ({"model.attention.key_norm_weight": (0.0, 0.25, 0.5, 0.75, 1.0)},),
         "scale": (

@@ -24,7 +24,7 @@ def get_config():
         },
         # One for all: what suits neither kind in particular, so that attention alone differs.
         {"model.positions": ("rope",)},
-        {"model.num_registers": (1,)},
+        {"model.attention.sink": ("register",)},
         {"optimizer.final_learning_rate": (3e-5,)},
     )
     config.seeds = 4

@@ -145,7 +145,6 @@ def contenders() -> dict[str, Start]:
     found: dict[str, Start] = {
         BASELINE: _jax_contender(functools.partial(dot_product, implementation="cudnn")),
         TRITON: _jax_contender(functools.partial(rbf, implementation="triton")),
-        "RBF cudnn": _jax_contender(functools.partial(rbf, implementation="cudnn")),
         TRUSTED: _jax_contender(functools.partial(rbf, implementation="xla")),
     }
     if device.unavailable() is None and device.target().compute_capability == 90:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from experiments.benchmarks.clock import Call, Clock, Timing, one_line
 from rbf_jax.ops.decode import api as decode
 from rbf_jax.ops.decode.cache import KeysValues
-from rbf_jax.ops.decode.triton import Sizes, override_sizes
+from rbf_jax.ops.decode.triton import Sizes, use_sizes
 
 TRITON = "RBF triton"
 XLA = "RBF xla"
@@ -131,7 +131,7 @@ def compile_step(step: Callable, arrays: Sequence[Any], sizes: Sizes | None = No
 
     With sizes, a step that has not been lowered before.
     """
-    with contextlib.nullcontext() if sizes is None else override_sizes(sizes):
+    with contextlib.nullcontext() if sizes is None else use_sizes(sizes):
         lowered = jax.jit(step).lower(*arrays)
 
     def finish() -> Call:

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.clock import Call, Clock, one_line
 from experiments.benchmarks.tile_candidates import candidates, with_heads_at_once
-from rbf_jax.ops.call import Inputs, Options
-from rbf_jax.ops.gpu.triton.config import Pass, Tiles, override_tiles
+from rbf_jax.ops.call import Inputs, Masking, Rules
+from rbf_jax.ops.gpu.triton.config import Pass, Tiles, use_tiles
+from rbf_jax.ops.vjp import Residuals
 
 TOKENS, WIDTH = 16384, 2048  # B·T and N·H of all that is timed
 # T of each class of lengths.
@@ -210,23 +211,26 @@ class _Bench:
         return Winner(length, ranking[0], times[0], times[1] if len(times) > 1 else None)
 
     def _run(self, name: Pass, length: str) -> Callable:
-        """A function of flat arrays; what comes after them has its own shape already."""
-        from rbf_jax.ops.gpu.triton.passes import one_pass
+        """Returns a function of flat q, k, v and dout, and of what the forward pass returned.
+
+        Both backward kernels run in a backward pass; the clock takes the one that is asked for.
+        """
+        from rbf_jax.ops.gpu.triton.passes import PASSES
 
         shape = self._job.shape(length)
         N, H = shape[2:]
         gamma, weight = jnp.full((N,), H**-0.5), jnp.ones((N,))
+        masking, rules = Masking(), Rules(right=0 if self._job.causal else None)
 
         def run(q, k, v, dout, *given):
             q, k, v, dout = (x.reshape(shape) for x in (q, k, v, dout))
-            out, logsumexp = given if given else (q, gamma)
-            delta = logsumexp
-            if name == "keys":
-                products = out.astype(jnp.float32) * dout.astype(jnp.float32)
-                delta = products.sum(-1).swapaxes(1, 2)
             inputs = Inputs(q, k, v, gamma, weight)
-            options = Options(is_causal=self._job.causal)
-            return one_pass(name, inputs, options, out, dout, logsumexp, delta)
+            if name == "forward":
+                return PASSES.forward(inputs, masking, rules)
+            residuals = Residuals(inputs, masking, *given)
+            # The gradient of the logsumexp is ignored: the rules do not ask for a residual.
+            gradients = PASSES.backward(residuals, dout, residuals.logsumexp, rules)
+            return [gradients.query] if name == "queries" else [gradients.key, gradients.value]
 
         return run
 
@@ -249,7 +253,7 @@ class _Bench:
                 for length in job.lengths:
                     given = self._given[length]
                     tiles_of_pass: Any = {job.name: tiles}
-                    with override_tiles(**tiles_of_pass):
+                    with use_tiles(**tiles_of_pass):
                         program = jax.jit(self._run(job.name, length)).lower(*given).compile()
                     programs[tiles, length] = functools.partial(program, *given)
                 jax.block_until_ready(programs[tiles, job.lengths[0]]())

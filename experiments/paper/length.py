@@ -84,8 +84,8 @@ _KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 _POSITIONS = {"rope": "RoPE", "susie": "SuSiE", "alibi": "ALiBi"}
 _SINKS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "none": ("none", {}),
-    "origin": ("origin", {"model.attention.origin_sink": True}),
-    "register": ("register", {"model.num_registers": 1}),
+    "origin": ("origin", {"model.attention.sink": "origin"}),
+    "register": ("register", {"model.attention.sink": "register"}),
 }
 _CORE = ("rbf", "dot", "qknorm")
 # The most informative first; a row counts where it comes first.

@@ -13,6 +13,7 @@ from rbf_jax.analysis.models import Findings
 from rbf_jax.analysis.report import Section, markdown_table
 from rbf_jax.analysis.runs import Run
 from rbf_jax.analysis.style import variant
+from rbf_jax.nn.config import VIRTUAL_SINKS
 
 _METRIC_NAMES = {"loss": "validation loss", "bits_per_byte": "bits per byte"}
 
@@ -91,8 +92,11 @@ def _stability_section(runs: Sequence[Run]) -> Section | None:
 
 def _learned_section(runs: Sequence[Run]) -> Section | None:
     figure = figures.learned_figure(runs)
-    text = "γ is the bandwidth, λ the weight of the key norms. Thin: heads. Thick: their mean."
-    return Section("Learned γ and λ", text, {"learned": figure}) if figure else None
+    text = (
+        "γ is the bandwidth, λ the weight of the key norms; a sink's logit is that of a virtual "
+        "key with value 0. Thin: heads. Thick: their mean."
+    )
+    return Section("Learned by head", text, {"learned": figure}) if figure else None
 
 
 def _inside_sections(runs: Sequence[Run], findings: Sequence[Findings | str]) -> list[Section]:
@@ -104,7 +108,7 @@ def _inside_sections(runs: Sequence[Run], findings: Sequence[Findings | str]) ->
         return [Section("Attention maps and key norms", reasons)]
     text = (
         "Rows are queries, columns are keys; the same text of the validation split for all runs. "
-        "Left of the red line are the registers (r0, r1, …) and the origin sink, where a model has "
+        "Left of the red line are the registers (r0, r1, …) and the sink, where a model has "
         "them. Grey: the future, which is masked."
     )
     maps = {
@@ -112,7 +116,7 @@ def _inside_sections(runs: Sequence[Run], findings: Sequence[Findings | str]) ->
             f.inside,
             f.tokens,
             f"{run.name}, step {f.step:,}",
-            origin_sink=run.config["model"]["attention"]["origin_sink"],
+            sink=run.config["model"]["attention"]["sink"] in VIRTUAL_SINKS,
         )
         for run, f in found
     }

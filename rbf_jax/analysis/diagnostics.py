@@ -31,7 +31,7 @@ class Inside:
 
     Attributes:
       attention_weights: (L, B, N, T, R + T) float32, keys of registers first. A row sums to 1, to
-        less with an origin sink, to 0 where it attends to nothing.
+        less with a sink "origin" or "learned", to 0 where it attends to nothing.
       key_norms: (L, B, R + T, K) float32, ‖k‖ of the keys as attention sees them.
     """
 
@@ -53,7 +53,7 @@ class Inside:
 
     @property
     def sink_weights(self) -> np.ndarray:
-        """(L, B, N, T): the weight that an origin sink takes, what is missing to a sum of 1."""
+        """(L, B, N, T): the weight that a sink takes, what is missing to a sum of 1."""
         return np.clip(1.0 - self.attention_weights.sum(-1), 0.0, 1.0)
 
     @property
@@ -106,8 +106,9 @@ def diagnose(model: nn.Module, params: Any, batch: Mapping[str, jax.Array]) -> d
     Padding does not count. L layers, N heads, R registers:
 
     * entropy (L, N): mean entropy of a token's attention, in nats, registers and sink included.
-    * register_mass, sink_mass, first_token_mass (L, N): mean weight on the registers, on the origin
-      sink, and on the first token of the document, which dot-product models make a sink.
+    * register_mass, sink_mass, first_token_mass (L, N): mean weight on the registers, on the sink
+      "origin" or "learned", and on the first token of the document, which dot-product models make a
+      sink.
     * even_share (): that of one register, or of the sink, were all that a token sees weighed alike.
     * distance (L, N): mean |i − j| in tokens, over text keys, weighted by attention.
     * key_norm_quantiles, value_norm_quantiles (L, 9): ‖k‖, ‖v‖ of text, at `QUANTILES`.
@@ -115,10 +116,11 @@ def diagnose(model: nn.Module, params: Any, batch: Mapping[str, jax.Array]) -> d
     * first_token_key_norm, first_token_value_norm (L,): mean over documents and heads.
     * sink_value_norm (L,): mean ‖v‖ of registers, or of first tokens where there are none, over
       the mean ‖v‖ of the other text.
-    * gamma, key_norm_weight (L, N).
-    * gated_by_head (L, N): share of rows that are too far below the bound γ‖q‖²/λ for the Triton
-      kernel to measure logits from it (`rbf_jax.ops.gpu.bound`); 1 for dot products, which have
-      none. gated (L,): the mean over heads.
+    * gamma, key_norm_weight (L, N); sink_logits (L, N) with a sink "origin" or "learned".
+    * gated_by_head (L, N): share of rows that are too far below the bound γ‖q‖²/λ, or the sink's
+      logit if that is larger, for the Triton kernel to measure logits from it
+      (`rbf_jax.ops.gpu.bound`); 1 for dot products, which have no bound. gated (L,): the mean over
+      heads.
     * attention_map (L, N, M, R + M): weights of the first row's first M = 48 tokens.
 
     Args:
@@ -157,7 +159,7 @@ def diagnose(model: nn.Module, params: Any, batch: Mapping[str, jax.Array]) -> d
     text = weights[..., R:]
     T = text.shape[-1]
     apart = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(T)).astype(text.dtype)
-    gated = over_rows(_gated(sown["bound"], sown["bound_gap"], model.config.attention.origin_sink))
+    gated = over_rows(_gated(sown["bound"], sown["bound_gap"]))
     return {
         "entropy": over_rows(-xlogy(weights, weights).sum(-1) - xlogy(sink, sink)),
         "register_mass": over_rows(weights[..., :R].sum(-1)),
@@ -170,6 +172,7 @@ def diagnose(model: nn.Module, params: Any, batch: Mapping[str, jax.Array]) -> d
         "sink_value_norm": _sink_value_norm(sown["value_norms"], R, is_text, is_first),
         "gamma": sown["gamma"],
         "key_norm_weight": sown["key_norm_weight"],
+        **({"sink_logits": sown["sink_logits"]} if "sink_logits" in sown else {}),
         "gated": gated.mean(-1),
         "gated_by_head": gated,
         "attention_map": weights[:, 0, :, :MAP_TOKENS, : R + MAP_TOKENS],
@@ -180,7 +183,7 @@ def _keys_seen(config: TransformerConfig, positions: jax.Array) -> jax.Array:
     """How many keys a token at a position of its document sees, registers and sink included."""
     window = config.attention.window
     behind = positions if window is None else jnp.minimum(positions, window)
-    seen = behind + 1 + config.num_registers + int(config.attention.origin_sink)
+    seen = behind + 1 + config.num_registers + int(config.attention.has_virtual_sink)
     return seen.astype(jnp.float32)
 
 
@@ -208,10 +211,8 @@ def _sink_value_norm(norms, num_registers, is_text, is_first) -> jax.Array:
     return mean(is_first) / mean(is_text & ~is_first)
 
 
-def _gated(bounds, gaps, origin_sink) -> jax.Array:
+def _gated(bounds, gaps) -> jax.Array:
     """1 where the forward kernel would not trust the bound of a row, else 0."""
-    if origin_sink:  # A key of logit 0, which the kernel's sums have and the gaps have not.
-        gaps = bounds - jnp.logaddexp(bounds - gaps, 0)
     farthest = (gate.HEADROOM - math.log2(gate.SMALLEST_SUM)) * math.log(2)
     return (gaps > farthest) | (bounds > gate.LARGEST_REFERENCE * math.log(2))
 

@@ -101,15 +101,20 @@ def stability_figure(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
-_LEARNED = (("gamma", "γ", "learn_gamma"), ("key_norm_weight", "λ", "learn_key_norm_weight"))
+# Of metrics per head: how they are written, and the key and value of runs that learn them.
+_LEARNED = (
+    ("gamma", "γ", "learn_gamma", True),
+    ("key_norm_weight", "λ", "learn_key_norm_weight", True),
+    ("sink_logits", "sink's logit", "sink", "learned"),
+)
 
 
 @mpl.rc_context(STYLE)
 def learned_figure(runs: Sequence[Run]) -> Figure | None:
-    """γ and λ of each layer against steps, one thin line a head; None if no run learns them."""
+    """γ, λ and sinks of each layer by step, one thin line a head; None if no run learns any."""
     panels: dict[str, tuple[list[str], list[Run]]] = {}
-    for key, symbol, flag in _LEARNED:
-        learning = [run for run in runs if run.config["model"]["attention"][flag]]
+    for key, symbol, flag, value in _LEARNED:
+        learning = [run for run in runs if run.config["model"]["attention"][flag] == value]
         found = {name for run in learning for name in run.train if name.startswith(f"{key}/")}
         if found:
             panels[symbol] = sorted(found, key=natural), learning
@@ -190,7 +195,7 @@ def key_norm_figure(
 
 @mpl.rc_context(STYLE)
 def attention_figure(
-    inside: Inside, tokens: Sequence[str], title: str, origin_sink: bool = False
+    inside: Inside, tokens: Sequence[str], title: str, sink: bool = False
 ) -> Figure:
     """Attention weights, a panel a layer (row) and head (column); rows of a panel are queries.
 
@@ -198,10 +203,10 @@ def attention_figure(
       inside: what the layers did with one text, B = 1.
       tokens: the text's T tokens, as they shall be written.
       title: whose attention it is.
-      origin_sink: the model has a sink; its share is shown as the first column.
+      sink: the model has a virtual key with value 0; its share is shown as the first column.
     """
     layers, _, heads, _, _ = inside.attention_weights.shape
-    special = ["sink"] * origin_sink + [f"r{i}" for i in range(inside.num_registers)]
+    special = ["sink"] * sink + [f"r{i}" for i in range(inside.num_registers)]
     side = float(np.clip(9.0 / heads, 1.1, 3.0))
     figure = Figure(figsize=(side * heads + 1.0, side * layers + 0.9), layout="constrained")
     grid: Any = figure.subplots(layers, heads, squeeze=False)
@@ -213,7 +218,7 @@ def attention_figure(
     }
     for layer, head in np.ndindex(layers, heads):
         axes = grid[layer, head]
-        image = axes.imshow(attention_map(inside, layer, head, origin_sink), **look)
+        image = axes.imshow(attention_map(inside, layer, head, sink), **look)
         if special:
             axes.axvline(len(special) - 0.5, color=REGISTER_COLOR, linewidth=1.0)
         axes.set(xticks=[], yticks=[])
@@ -228,13 +233,13 @@ def attention_figure(
     return figure
 
 
-def attention_map(inside: Inside, layer: int, head: int, origin_sink: bool) -> np.ndarray:
+def attention_map(inside: Inside, layer: int, head: int, sink: bool) -> np.ndarray:
     """(T, [1 +] R + T) weights of one head: sink, registers, tokens; NaN where the future is."""
     weights = np.array(inside.attention_weights[layer, 0, head])
     weights[:, inside.num_registers :][np.triu(np.ones((len(weights), len(weights)), bool), 1)] = (
         np.nan
     )
-    if not origin_sink:
+    if not sink:
         return weights
     return np.concatenate([inside.sink_weights[layer, 0, head][:, None], weights], axis=1)
 

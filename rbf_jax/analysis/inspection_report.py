@@ -74,8 +74,8 @@ def head_tables(seen: Inspection) -> dict[str, HeadTable]:
     }
     if seen.model.num_registers:
         tables["weight on registers"] = HeadTable(found["register_mass"], ".0%", 1.0)
-    if seen.model.attention.origin_sink:
-        tables["weight on origin sink"] = HeadTable(found["sink_mass"], ".0%", 1.0)
+    if seen.model.attention.has_virtual_sink:
+        tables["weight on sink"] = HeadTable(found["sink_mass"], ".0%", 1.0)
     tables["weight on first token"] = HeadTable(found["first_token_mass"], ".0%", 1.0)
     if has_bound(seen):
         tables["rows that need the gate"] = HeadTable(found["gated_by_head"], ".1%", 1.0)
@@ -85,11 +85,13 @@ def head_tables(seen: Inspection) -> dict[str, HeadTable]:
 def head_rows(seen: Inspection) -> list[list[str]]:
     """The table of heads as text: a header, then a row a layer and head."""
     tables = head_tables(seen)
-    rows = [["layer, head", *tables, "γ", "λ"]]
+    learned = seen.model.attention.sink == "learned"
+    rows = [["layer, head", *tables, "γ", "λ", *["sink logit"] * learned]]
     for place in np.ndindex(seen.numbers["entropy"].shape):
         cells = [format(table.values[place], table.form) for table in tables.values()]
         cells.append(f"{seen.numbers['gamma'][place]:.4f}")
         cells.append(f"{seen.numbers['key_norm_weight'][place]:.3f}")
+        cells += [f"{seen.numbers['sink_logits'][place]:.3f}"] if learned else []
         rows.append([", ".join(map(str, place)), *cells])
     return rows
 
@@ -135,7 +137,7 @@ def _model_section(seen: Inspection) -> Section:
         ["size", f"{model.num_layers} layers of width {model.d_model}, {heads}"],
         ["positions", model.positions],
         ["registers", registers],
-        ["origin sink", "yes" if attention.origin_sink else "no"],
+        ["sink", attention.sink],
         ["window", "none" if attention.window is None else f"{attention.window} tokens back"],
         *(
             [f"{symbol} at the start", f"{v:.4g}, {how}"]
@@ -199,7 +201,7 @@ def _norms_section(seen: Inspection) -> Section:
     style = PALETTE[variant(seen.config)]
     text = (
         "Over text tokens and heads; those of first tokens and registers are means over heads. A "
-        "sink that only takes weight has a value near zero (an origin sink's is 0): the last "
+        "sink that only takes weight has a value near zero (that of a virtual key is 0): the last "
         "column is its norm over that of the other text. A dot product can make a sink of a "
         "long key; RBF attention penalises long keys."
     )
@@ -225,8 +227,9 @@ def _gamma_section(seen: Inspection) -> Section:
 
 
 def _maps_section(seen: Inspection) -> Section:
-    document, sink, R = seen.document, seen.model.attention.origin_sink, seen.model.num_registers
-    special = ["the origin sink"] * sink
+    document, R = seen.document, seen.model.num_registers
+    sink = seen.model.attention.has_virtual_sink
+    special = ["the sink"] * sink
     special += [f"the register{'s r0 to' * (R > 1)} r{R - 1}"] * bool(R)
     text = (
         f"The first {len(document.tokens)} tokens of the longest document in the first row. Rows "
@@ -239,7 +242,7 @@ def _maps_section(seen: Inspection) -> Section:
         document.inside,
         document.tokens,
         f"{seen.path.name}, step {seen.step:,}",
-        origin_sink=sink,
+        sink=sink,
     )
     return Section("Attention maps", text, {"attention": figure})
 

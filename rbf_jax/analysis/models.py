@@ -110,7 +110,7 @@ def _uniform(positions: np.ndarray, model: TransformerConfig) -> dict[str, float
     """Entropy and distance, as `diagnose` defines them, of weights that are all the same."""
     window = model.attention.window
     behind = positions if window is None else np.minimum(positions, window)
-    seen = behind + 1 + model.num_registers + model.attention.origin_sink
+    seen = behind + 1 + model.num_registers + model.attention.has_virtual_sink
     text_mass = (behind + 1) / seen
     return {
         "entropy": float(np.log(seen).mean()),

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from rbf_jax.analysis.runs import read_json, read_lines
+from rbf_jax.analysis.runs import read_config, read_json, read_lines
 from rbf_jax.data.files import replacing
+from rbf_jax.nn.config import from_stored
 
 Columns = Mapping[str, np.ndarray]
 
@@ -29,7 +30,7 @@ class Record:
 
     Attributes:
       name: of the configuration, unique among records; a file name without suffix.
-      config: the whole configuration, without its seed.
+      config: the whole configuration, without its seed, with the keys of today.
       seeds: n whole numbers.
       train: "step" (s,), every step; "loss", "grad_norm" (s, n); "learning_rate" (s,).
       inspected: "step" (m,), every train.log_every steps; "logit_max", "key_norm_mean",
@@ -61,7 +62,7 @@ def from_ensemble(name: str, folder: Path) -> Record:
     Raises:
       OSError, ValueError: it has not ended, or a file cannot be read.
     """
-    summary, config = read_json(folder / "summary.json"), read_json(folder / "config.json")
+    summary, config = read_json(folder / "summary.json"), read_config(folder)
     lines: dict[str, list[dict[str, Any]]] = {}
     for line in read_lines(folder / "metrics.jsonl"):
         lines.setdefault(line.pop("split"), []).append(line)
@@ -114,6 +115,7 @@ def read_record(path: Path) -> Record:
     try:
         with lzma.open(path, "rt", encoding="utf-8") as text:
             head, *lines = map(json.loads, text)
+        head["config"]["model"] = from_stored(head["config"]["model"])
         sections: dict[str, dict[Any, np.ndarray]] = {name: {} for name in _SECTIONS}
         for line in lines:
             key = int(line["column"]) if line["section"] == "lengths" else line["column"]
@@ -121,6 +123,20 @@ def read_record(path: Path) -> Record:
         head["seeds"], head["tokens"] = tuple(head["seeds"]), tuple(head["tokens"])
         fields: dict[str, Any] = {**head, **sections}
         return Record(**fields)
+    except (lzma.LZMAError, EOFError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no record: {type(error).__name__}: {error}") from error
+
+
+def read_config_of_record(path: Path) -> dict[str, Any]:
+    """Reads the configuration of a record alone, which is fast.
+
+    Raises:
+      OSError, ValueError: it cannot be read.
+    """
+    try:
+        with lzma.open(path, "rt", encoding="utf-8") as text:
+            config = json.loads(text.readline())["config"]
+        return {**config, "model": from_stored(config["model"])}
     except (lzma.LZMAError, EOFError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no record: {type(error).__name__}: {error}") from error
 
@@ -136,6 +152,15 @@ def identity(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     data = {k: v for k, v in config["data"].items() if k not in ("cache_dir", "num_workers")}
     rest = {k: v for k, v in config.items() if k not in ("data", "mesh", "logging", "seed")}
     return json.dumps({"data": data, **rest}, sort_keys=True)
+
+
+def model_identity(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The same text for configurations of the same model and optimizer, whatever the data.
+
+    The arguments are those of `identity`.
+    """
+    completed = _completed(config, defaults)
+    return json.dumps([completed["model"], completed["optimizer"]], sort_keys=True)
 
 
 def _completed(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

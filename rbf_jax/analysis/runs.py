@@ -1,6 +1,6 @@
 """Reads what a training run leaves behind: config.json, metrics.jsonl, summary.json.
 
-Needs neither JAX nor a checkpoint, and works while the run is still going.
+Needs no checkpoint, and works while the run is still going.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from rbf_jax.nn.config import from_stored
+
 Columns = Mapping[str, np.ndarray]
 
 
@@ -24,7 +26,7 @@ class Run:
     Attributes:
       name: what tables and legends call the run.
       path: the folder.
-      config: config.json, nested dictionaries.
+      config: config.json with the keys of today, nested dictionaries.
       summary: summary.json; empty while the run has not ended.
       train: columns of the training metrics, each (n,) or, for metrics per head, (n, N) float64;
         NaN where a line lacks the metric. ``train["step"]`` increases.
@@ -87,7 +89,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"run folder {path} does not exist.")
-    config = read_json(path / "config.json")
+    config = read_config(path)
     for section in ("seed", "data", "model", "train"):
         if section not in config:
             raise ValueError(f"{path / 'config.json'} must hold {section!r}")
@@ -121,6 +123,19 @@ def _names(paths: Sequence[Path]) -> list[str]:
             break
         names = ["/".join(path.parts[-length:]) for path in paths]
     return names
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json of a run folder or an ensemble of any age, with the keys of today.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is malformed.
+    """
+    config = read_json(folder / "config.json")
+    if isinstance(config.get("model"), dict):
+        config["model"] = from_stored(config["model"])
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:

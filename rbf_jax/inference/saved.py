@@ -16,6 +16,7 @@ from flax import traverse_util
 from rbf_jax.data.files import replacing, write_text
 from rbf_jax.data.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from rbf_jax.nn import AttentionConfig, CausalLM, TransformerConfig
+from rbf_jax.nn.config import from_stored
 
 _FORMAT = "rbf_jax"
 _VERSION = 1
@@ -129,7 +130,7 @@ def _read_config(path: Path) -> TransformerConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
         if (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
             raise ValueError(f"its format must be {_FORMAT!r}, version {_VERSION}")
-        fields = dict(content["model"])
+        fields = from_stored(content["model"])
         attention = AttentionConfig(**fields.pop("attention"))
         return TransformerConfig(attention=attention, **fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

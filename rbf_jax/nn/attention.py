@@ -55,6 +55,7 @@ class Attention(nn.Module):
             key = Norm(config.dtype, in_front, name="key_norm")(key)
         query, key = self._place(query, key, angles, in_front)
         gamma, key_norm_weight = self._gamma(), self._key_norm_weight()
+        sink_logits = self._sink_logits()
         slopes = positions.alibi_slopes(config.num_heads) if config.positions == "alibi" else None
         rules: dict[str, Any] = {
             "segment_ids": segment_ids,
@@ -69,14 +70,14 @@ class Attention(nn.Module):
             config.num_registers,
             past,
             **rules,
-            origin_sink=attention.origin_sink,
+            sink_logits=sink_logits,
             normalize=attention.normalize,
             gamma=gamma,
             key_norm_weight=key_norm_weight,
             implementation=attention.implementation,
         )
         if past is None:
-            self._sow(query, key, value, gamma, key_norm_weight, rules)
+            self._sow(query, key, value, gamma, key_norm_weight, sink_logits, rules)
         if attention.exclusive:
             out = exclude_own_value(out, value)
         out = nn.DenseGeneral(
@@ -124,13 +125,24 @@ class Attention(nn.Module):
         initializer = nn.initializers.constant(weight)
         return self.param("key_norm_weight", initializer, (self.config.num_heads,))
 
-    def _sow(self, query, key, value, gamma, key_norm_weight, rules) -> None:
+    def _sink_logits(self) -> float | jax.Array | None:
+        """Logits of the virtual key, (N,) if they are learned; None without a virtual key."""
+        attention = self.config.attention
+        if attention.sink == "learned":
+            return self.param("sink_logits", nn.initializers.zeros, (self.config.num_heads,))
+        return 0.0 if attention.has_virtual_sink else None
+
+    def _sow(self, query, key, value, gamma, key_norm_weight, sink_logits, rules) -> None:
         if self.is_mutable_collection("intermediates"):
-            self._sow_weights(query, key, gamma, key_norm_weight, rules)
+            self._sow_weights(query, key, gamma, key_norm_weight, sink_logits, rules)
             value_norms = jnp.linalg.norm(value.astype(jnp.float32), axis=-1)
             self.sow("intermediates", "value_norms", value_norms)
         if collection := inspection.statistics_collection(self):
             self._sow_statistics(collection, query, key, gamma, key_norm_weight, rules)
+            if sink_logits is not None:
+                sink_logits = jnp.asarray(sink_logits, jnp.float32)
+                sink_logits = jnp.broadcast_to(sink_logits, (self.config.num_heads,))
+                self.sow(collection, "sink_logits", sink_logits)
 
     def _sow_statistics(self, collection, query, key, gamma, key_norm_weight, rules) -> None:
         R, N = self.config.num_registers, self.config.num_heads
@@ -144,7 +156,7 @@ class Attention(nn.Module):
         }.items():
             self.sow(collection, name, value)
 
-    def _sow_weights(self, query, key, gamma, key_norm_weight, rules) -> None:
+    def _sow_weights(self, query, key, gamma, key_norm_weight, sink_logits, rules) -> None:
         """Quadratic in T. Shares: rows sum to 1 where the layer does not normalise, too."""
         R = self.config.num_registers
         T = query.shape[1] - R
@@ -152,16 +164,16 @@ class Attention(nn.Module):
         logits = bias + inspection.attention_logits(
             query[:, R:], key, gamma=gamma, key_norm_weight=key_norm_weight
         )
-        weights = inspection.softmax_with_sink(
-            logits, allowed, origin_sink=self.config.attention.origin_sink
-        )
+        weights, logsumexp = inspection.attention_weights(logits, allowed, sink_logits)
         self.sow("intermediates", "attention_weights", weights)
-        logits = jnp.where(True if allowed is None else allowed, logits, -jnp.inf)
         squares = jnp.sum(jnp.square(query[:, R:].astype(jnp.float32)), axis=-1)
         bounds = jnp.where(key_norm_weight > 0, gamma * squares / key_norm_weight, jnp.inf)
-        gaps = bounds.swapaxes(1, 2) - jax.nn.logsumexp(logits, axis=-1)
-        self.sow("intermediates", "bound", bounds.swapaxes(1, 2))
-        self.sow("intermediates", "bound_gap", gaps)
+        bounds = bounds.swapaxes(1, 2)
+        if sink_logits is not None:
+            sink_logits = jnp.asarray(sink_logits, jnp.float32)
+            bounds = jnp.maximum(bounds, sink_logits[..., None])
+        self.sow("intermediates", "bound", bounds)
+        self.sow("intermediates", "bound_gap", bounds - logsumexp)
 
 
 def exclude_own_value(out: jax.Array, value: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from rbf_jax.nn.config import TransformerConfig
 from rbf_jax.ops.decode import api as decode
 from rbf_jax.ops.decode import cache as caches
 from rbf_jax.ops.decode.cache import KeysValues
-from rbf_jax.ops.unnormalized import unnormalize
+from rbf_jax.ops.logits import undo_normalization
 
 
 class Cache(NamedTuple):
@@ -145,7 +145,7 @@ def attend(
             **options,
         )
         if not normalize:
-            out, _ = unnormalize(query, options["gamma"], out, logsumexp)
+            out, _ = undo_normalization(query, options["gamma"], out, logsumexp)
         return out, cache
     out = registers.attend(
         query,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from rbf_jax.ops.api import Implementation
@@ -13,6 +13,9 @@ from rbf_jax.ops.api import Implementation
 KINDS = ("rbf", "dot")
 DOT_SCALES = ("standard", "rbf")
 POSITIONS = ("susie", "rope", "alibi", "learned", "none")
+SINKS = ("none", "origin", "learned", "register")
+# A virtual key with value 0 in every layer; its logit is 0, or learned.
+VIRTUAL_SINKS = ("origin", "learned")
 REGISTER_INITS = ("zero", "normal")
 NORMS = ("rms", "layer")
 DTYPES = ("float32", "bfloat16")
@@ -42,7 +45,9 @@ class AttentionConfig:
       learn_gamma: learn γ per head ("dot": half the scale); positive by construction.
       key_norm_weight: λ at the start, for "rbf".
       learn_key_norm_weight: learn λ per head, for "rbf".
-      origin_sink: a virtual key at the origin with value 0.
+      sink: what a query attends to where no token is near. "none"; "origin", a virtual key with
+        logit 0 and value 0; "learned", such a key with a learned logit per head, from 0; or
+        "register", registers in front of the sequence.
       normalize: False sums exp(−γ‖q − k‖²) v without softmax's denominator, for "rbf".
       exclusive: exclusive self attention, arXiv:2603.09078.
       window: attend to this many tokens back, and to itself; None for all.
@@ -59,7 +64,7 @@ class AttentionConfig:
     learn_gamma: bool = False
     key_norm_weight: float = 1.0
     learn_key_norm_weight: bool = False
-    origin_sink: bool = False
+    sink: str = "register"
     normalize: bool = True
     exclusive: bool = False
     window: int | None = None
@@ -68,6 +73,7 @@ class AttentionConfig:
     def __post_init__(self):
         require_choice("attention.kind", self.kind, KINDS)
         require_choice("attention.dot_scale", self.dot_scale, DOT_SCALES)
+        require_choice("attention.sink", self.sink, SINKS)
         if self.implementation is not None:
             require_choice(
                 "attention.implementation", self.implementation, get_args(Implementation)
@@ -83,10 +89,10 @@ class AttentionConfig:
         self._require_effect("rbf", "dot_scale")
         for name in ("gamma", "key_norm_weight", "learn_key_norm_weight", "normalize"):
             self._require_effect("dot", name)
-        if self.origin_sink and not self.normalize:
+        if self.has_virtual_sink and not self.normalize:
             raise ValueError(
-                "attention.origin_sink=True has no effect with attention.normalize=False; "
-                "leave it at False."
+                f"attention.sink={self.sink!r} has no effect with attention.normalize=False; "
+                "set it to 'none' or 'register'."
             )
 
     def _require_effect(self, kind: str, name: str) -> None:
@@ -97,6 +103,11 @@ class AttentionConfig:
                 f"attention.{name}={value!r} has no effect with attention.kind={kind!r}; "
                 f"leave it at {default!r}."
             )
+
+    @property
+    def has_virtual_sink(self) -> bool:
+        """Whether every layer has a virtual key with value 0."""
+        return self.sink in VIRTUAL_SINKS
 
     def initial_gamma(self, head_dim: int) -> float:
         """Returns γ at the start; for "dot", half the scale: then 2γ q·k is scale · q·k."""
@@ -124,7 +135,9 @@ class TransformerConfig:
       norm: of the residual stream, "rms" or "layer"; the latter has biases.
       use_bias: projections of attention and MLP have biases.
       positions: "susie", "rope", "alibi", "learned" or "none".
-      num_registers: R, learned vectors in front of the sequence.
+      num_registers: R, learned vectors in front of the sequence. None, which reads as an int
+        afterwards, is 1 with attention.sink "register", else 0. "origin" and "learned" may have
+        registers too; "none" has none.
       register_init: how they start, "zero" or "normal" (standard deviation 0.02).
       tie_embeddings: the head is the token embedding.
       dtype: of activations, "float32" or "bfloat16"; parameters are float32 always.
@@ -148,7 +161,7 @@ class TransformerConfig:
     norm: str = "rms"
     use_bias: bool = False
     positions: str = "susie"
-    num_registers: int = 1
+    num_registers: int = None  # type: ignore[assignment]  # an int after __post_init__
     register_init: str = "zero"
     tie_embeddings: bool = True
     dtype: str = "float32"
@@ -158,6 +171,9 @@ class TransformerConfig:
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
 
     def __post_init__(self):
+        sink = self.attention.sink
+        if self.num_registers is None:
+            object.__setattr__(self, "num_registers", default_registers(sink))
         for name in _SIZES:
             value, least = getattr(self, name), 0 if name == "num_registers" else 1
             if name == "num_kv_heads" and value is None:
@@ -180,6 +196,16 @@ class TransformerConfig:
                 f"d_model / num_heads = {self.head_dim} must be even for "
                 f"positions={self.positions!r}, which pairs dimensions."
             )
+        if sink == "register" and not self.num_registers:
+            raise ValueError(
+                "num_registers=0 leaves attention.sink='register' without registers; "
+                "set attention.sink='none'."
+            )
+        if sink == "none" and self.num_registers:
+            raise ValueError(
+                f"num_registers={self.num_registers} contradicts attention.sink='none'; set "
+                "attention.sink='register', or num_registers=None."
+            )
         if self.num_registers == 0 and self.register_init != "zero":
             raise ValueError(
                 f"register_init={self.register_init!r} has no effect with num_registers=0; "
@@ -195,6 +221,40 @@ class TransformerConfig:
     def head_dim(self) -> int:
         """H = D / N."""
         return self.d_model // self.num_heads
+
+
+def default_registers(sink: str) -> int:
+    """Returns the number of registers of a model whose num_registers is None."""
+    return 1 if sink == "register" else 0
+
+
+def num_registers(model: Mapping[str, Any]) -> int:
+    """Returns the number of registers that a section `model` of a configuration asks for."""
+    number = model.get("num_registers")
+    return default_registers(model["attention"]["sink"]) if number is None else number
+
+
+def from_stored(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stored section `model` with the keys of today.
+
+    Before `attention.sink` there were `attention.origin_sink`, False by default, and
+    `num_registers`, 1 by default. A number that is the default of its sink becomes None, so that
+    the result equals the configuration that trains the same model today.
+
+    Args:
+      model: of a run, a record or an exported model, of any age; is not changed.
+    """
+    attention = dict(model.get("attention", {}))
+    if "sink" in attention:
+        return dict(model)
+    number = model.get("num_registers", 1)
+    if attention.pop("origin_sink", False):
+        attention["sink"] = "origin"
+    else:
+        attention["sink"] = "register" if number else "none"
+    if number == default_registers(attention["sink"]):
+        number = None
+    return {**model, "num_registers": number, "attention": attention}
 
 
 def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:

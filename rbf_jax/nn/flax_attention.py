@@ -39,6 +39,7 @@ def rbf_attention_fn(
     gamma: ArrayLike | None = None,
     key_norm_weight: ArrayLike = 1.0,
     origin_sink: bool = False,
+    sink_logits: ArrayLike | None = None,
     normalize: bool = True,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -69,7 +70,8 @@ def rbf_attention_fn(
       is_causal: query i attends to keys j ≤ i only.
       gamma: γ of `rbf_attention`, scalar or (N,).
       key_norm_weight: λ, scalar or (N,).
-      origin_sink: a virtual key at the origin with value 0.
+      origin_sink: a virtual key at the origin with value 0: `sink_logits` of 0.
+      sink_logits: scalar or (N,), the logit of a virtual key with value 0, as in `rbf_attention`.
       normalize: False leaves out softmax's denominator, as in `rbf_attention`, for the weights that
         are sown too.
       implementation: of `rbf_attention`.
@@ -109,6 +111,7 @@ def rbf_attention_fn(
         key_norm_weight=key_norm_weight,
         is_causal=is_causal,
         origin_sink=origin_sink,
+        sink_logits=sink_logits,
         normalize=normalize,
         implementation=implementation,
     )
@@ -120,7 +123,8 @@ def rbf_attention_fn(
         causal = jnp.tril(jnp.ones((T, S), bool)) if is_causal else jnp.ones((T, S), bool)
         allowed = causal if mask is None else mask & causal
         if normalize:
-            weights = inspection.softmax_with_sink(logits, allowed, origin_sink=origin_sink)
+            sink_logits = 0.0 if origin_sink else sink_logits
+            weights, _ = inspection.attention_weights(logits, allowed, sink_logits)
         else:
             own = gamma * squared_norms(query.astype(jnp.float32))
             weights = jnp.where(allowed, jnp.exp(logits - own.swapaxes(1, 2)[..., None]), 0.0)

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from rbf_jax.ops import logits as formula
+from rbf_jax.ops.call import Rules, squared_norms
+
 
 def attention_logits(
     query: jax.Array, key: jax.Array, *, gamma: ArrayLike, key_norm_weight: ArrayLike
@@ -28,32 +31,27 @@ def attention_logits(
     gamma = jnp.broadcast_to(jnp.asarray(gamma, jnp.float32), (N,))[:, None, None]
     weight = jnp.broadcast_to(jnp.asarray(key_norm_weight, jnp.float32), (N,))[:, None, None]
     products = jnp.einsum("btnh,bsnh->bnts", query, key, precision=jax.lax.Precision.HIGHEST)
-    norms = jnp.sum(key * key, axis=-1).swapaxes(1, 2)[:, :, None, :]
-    return 2 * gamma * products - weight * gamma * norms
+    norms = squared_norms(key).swapaxes(1, 2)[:, :, None, :]
+    return formula.rbf_logits(products, formula.key_penalties(norms, gamma, weight), gamma)
 
 
-def softmax_with_sink(
-    logits: jax.Array, allowed: jax.Array | None, *, origin_sink: bool
-) -> jax.Array:
-    """Softmax over the last axis; an origin sink takes a share that belongs to no column.
+def attention_weights(
+    logits: jax.Array, allowed: jax.Array, sink_logits: ArrayLike | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax over the keys; a sink takes a share that belongs to no column.
 
     Args:
-      logits: (..., S) float32.
-      allowed: bool, broadcastable to logits; None for all. Rows with none allowed are 0.
-      origin_sink: adds exp(0) to every denominator.
+      logits: (B, N, T, S) float32.
+      allowed: bool, broadcastable to logits.
+      sink_logits: logit of a virtual key, scalar or (N,); None: no such key.
 
     Returns:
-      As logits; rows sum to 1, with a sink to less.
+      The weights, as logits: rows sum to 1, with a sink to less, where nothing is allowed to 0; and
+      the logsumexp (B, N, T), sink included.
     """
-    if allowed is not None:
-        logits = jnp.where(allowed, logits, -jnp.inf)
-    maximum = logits.max(axis=-1, keepdims=True, initial=0.0 if origin_sink else -jnp.inf)
-    maximum = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
-    weights = jnp.exp(logits - maximum)
-    total = weights.sum(axis=-1, keepdims=True)
-    if origin_sink:
-        total = total + jnp.exp(-maximum)
-    return weights / jnp.where(total == 0, 1.0, total)
+    if sink_logits is not None:
+        sink_logits = jnp.asarray(sink_logits, logits.dtype)[..., None, None]
+    return formula.softmax_with_sink(jnp.where(allowed, logits, -jnp.inf), sink_logits)
 
 
 def causal_rules(
@@ -78,17 +76,18 @@ def causal_rules(
     Returns:
       allowed, bool (B or 1, 1, Q, R+T), and the bias, float32 (N or 1, Q, R+T).
     """
-    behind = rows[:, None] - jnp.arange(num_tokens)[None, :]
-    allowed = behind >= 0
-    if window is not None:
-        allowed = allowed & (behind <= window)
-    allowed = allowed[None]
+    R = num_registers
+    rules = Rules(left=window, right=0, num_global_keys=R)
+    positions, columns = R + rows[:, None], jnp.arange(R + num_tokens)[None]
+    same_segment = None
     if segment_ids is not None:
-        allowed = allowed & (segment_ids[:, rows, None] == segment_ids[:, None, :])
+        key_segments = jnp.pad(segment_ids, ((0, 0), (R, 0)))  # registers are global keys
+        same_segment = segment_ids[:, rows, None] == key_segments[:, None, :]
+    allowed = formula.allowed_by_position(rules, positions, columns, same_segment)
+    assert allowed is not None  # noqa: S101 (causal)
     slopes = jnp.zeros((1,)) if alibi_slopes is None else jnp.asarray(alibi_slopes, jnp.float32)
-    bias = -slopes[:, None, None] * jnp.abs(behind).astype(jnp.float32)
-    in_front = ((0, 0), (0, 0), (num_registers, 0))
-    return jnp.pad(allowed, in_front, constant_values=True)[:, None], jnp.pad(bias, in_front)
+    bias = -slopes[:, None, None] * formula.alibi_distance(rules, positions, columns)
+    return allowed.reshape(-1, 1, *allowed.shape[-2:]), bias
 
 
 def largest_logit(

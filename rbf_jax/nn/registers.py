@@ -45,18 +45,12 @@ def attend(
     segment_ids: jax.Array | None = None,
     window: int | None = None,
     alibi_slopes: Any = None,
-    origin_sink: bool = False,
-    normalize: bool = True,
     **options: Any,
 ) -> jax.Array:
     """Causal attention over registers and text.
 
     Text attends to text by the rules of segments, window and ALiBi, and to all registers whatever
     these say. Registers attend to registers only, causally.
-
-    Without such rules causality alone says all this, in one call of the operation. With them
-    there are two calls, to text and to registers, merged by their logsumexps; the origin sink
-    takes part in the second, where every row has its place. Sums that are not normalised are added.
 
     Args:
       query: (B, R+T, N, H), registers first.
@@ -66,71 +60,23 @@ def attend(
       segment_ids: integer (B, T), of the text.
       window: text attends to this many tokens back, and to itself.
       alibi_slopes: (N,).
-      origin_sink: a virtual key at the origin with value 0.
-      normalize: of `rbf_attention`.
-      **options: gamma, key_norm_weight and implementation of `rbf_attention`.
+      **options: other options of `rbf_attention`.
 
     Returns:
       (B, R+T, N, H) of query's dtype.
     """
-    R = num_registers
-    options = {"normalize": normalize, **options}
-    rules: dict[str, Any] = {
-        "query_segment_ids": segment_ids,
-        "key_value_segment_ids": segment_ids,
-        "local_window_size": None if window is None else (window, 0),
-        "alibi_slopes": alibi_slopes,
-    }
-    if R == 0 or all(rule is None for rule in rules.values()):
-        return rbf_attention(
-            query, key, value, is_causal=True, origin_sink=origin_sink, **rules, **options
-        )
-    # Query i ≥ R - 1 sees all R registers: causality is the registers' own order, no more.
-    to_registers, registers_logsumexp = rbf_attention(
+    if segment_ids is not None:  # registers see and are seen without regard to theirs
+        in_front = ((0, 0), (num_registers, 0))
+        segment_ids = jnp.pad(segment_ids, in_front, mode="edge")
+    return rbf_attention(
         query,
-        key[:, :R],
-        value[:, :R],
+        key,
+        value,
         is_causal=True,
-        origin_sink=origin_sink,
-        return_residual=True,
+        local_window_size=None if window is None else (window, 0),
+        num_global_keys=num_registers,
+        query_segment_ids=segment_ids,
+        key_value_segment_ids=segment_ids,
+        alibi_slopes=alibi_slopes,
         **options,
     )
-    to_text, text_logsumexp = rbf_attention(
-        query[:, R:],
-        key[:, R:],
-        value[:, R:],
-        is_causal=True,
-        return_residual=True,
-        **rules,
-        **options,
-    )
-    if not normalize:
-        text = to_registers[:, R:] + to_text
-        return jnp.concatenate([to_registers[:, :R], text], axis=1)
-    text = merge(to_text, text_logsumexp, to_registers[:, R:], registers_logsumexp[:, R:])
-    return jnp.concatenate([to_registers[:, :R], text], axis=1)
-
-
-def merge(
-    out_a: jax.Array, logsumexp_a: jax.Array, out_b: jax.Array, logsumexp_b: jax.Array
-) -> jax.Array:
-    """Attention over two sets of keys from attention over each.
-
-    Args:
-      out_a: (..., H), attention over the first set.
-      logsumexp_a: (...), float32 logsumexp of its logits; −inf where it has no key.
-      out_b: (..., H), over the second set.
-      logsumexp_b: (...).
-
-    Returns:
-      (e^a out_a + e^b out_b) / (e^a + e^b), of out_a's dtype, computed in the logsumexps'; 0 where
-      both are −inf.
-    """
-    maximum = jax.lax.stop_gradient(jnp.maximum(logsumexp_a, logsumexp_b))
-    maximum = jnp.where(jnp.isneginf(maximum), 0, maximum)
-    weight_a, weight_b = jnp.exp(logsumexp_a - maximum), jnp.exp(logsumexp_b - maximum)
-    total = weight_a + weight_b
-    total = jnp.where(total == 0, 1, total)
-    a, b = out_a.astype(total.dtype), out_b.astype(total.dtype)
-    out = (weight_a / total)[..., None] * a + (weight_b / total)[..., None] * b
-    return out.astype(out_a.dtype)

@@ -83,11 +83,13 @@ class CausalLM(nn.Module):
 
     With ``mutable=["statistics"]``, ``apply`` also returns, per attention layer: key_norms
     (B, R+T, K), ‖k‖, registers first; logit_max (), the largest logit of text, which is where
-    segment_ids are greater than 0; gamma (N,); key_norm_weight (N,); and, of the model,
-    register_norm (), if there are registers. With ``mutable=["intermediates"]`` it returns these
+    segment_ids are greater than 0; gamma (N,); key_norm_weight (N,); sink_logits (N,), with
+    attention.sink "origin" or "learned"; and, of the model, register_norm (), if there are
+    registers. With ``mutable=["intermediates"]`` it returns these
     and, per layer, attention_weights (B, N, T, R+T), quadratic in T; value_norms (B, R+T, K), ‖v‖;
-    bound (B, N, T), γ‖q‖²/λ, which no logit of the row exceeds (infinite for λ ≤ 0); and bound_gap
-    (B, N, T), what it is above the row's logsumexp. All are float32.
+    bound (B, N, T), the larger of γ‖q‖²/λ and the sink's logit, which no logit of the row exceeds
+    (infinite for λ ≤ 0); and bound_gap (B, N, T), the bound − the row's logsumexp, sink included.
+    All are float32.
 
     Attributes:
       config: sizes and choices.

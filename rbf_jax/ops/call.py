@@ -1,12 +1,43 @@
-"""What every implementation of the operation receives: validated arrays and static options."""
+"""One call of the operation, as every implementation receives it: arrays and static rules.
+
+To add an option: give it a field of `Rules` or `Masking` here (and its axes in `AXES`), check it in
+validate.py, and name it in the `supports` of each implementation that has it. The others refuse it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Inputs(NamedTuple):
+    """The differentiable arrays, and the key norms if they exist already.
+
+    Attributes:
+      query: (B, T, N, H).
+      key: (B, S, K, H), K divides N; in a cache (B, K, S, H).
+      value: as key.
+      gamma: (N,), bandwidth γ per query head, accumulation dtype.
+      key_norm_weight: (N,), λ per query head, accumulation dtype.
+      sink_logits: (N,), accumulation dtype, or None: the logit of a virtual key with value 0.
+      key_norms: `squared_norms` of the keys, (B, S, K), in a cache (B, K, S); None: to be computed.
+        The gradient of the keys includes what they contribute in either case.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    gamma: jax.Array
+    key_norm_weight: jax.Array
+    sink_logits: jax.Array | None = None
+    key_norms: jax.Array | None = None
+
+    def squared_key_norms(self) -> jax.Array:
+        """‖k‖², accumulation dtype."""
+        return squared_norms(self.key) if self.key_norms is None else self.key_norms
 
 
 class Masking(NamedTuple):
@@ -15,9 +46,10 @@ class Masking(NamedTuple):
     Attributes:
       mask: bool, (B or 1, N or 1, T or 1, S or 1), True = attend.
       query_lengths: int32 (B,), 0 to T; rows at or beyond the length attend to nothing.
-      key_lengths: int32 (B,), 0 to S; keys at or beyond the length are not attended to.
+      key_lengths: int32 (B,), 0 to S; keys at or beyond the length are not attended to. In a cache:
+        the tokens that each row has seen, registers not counted.
       query_segments: integer (B, T); a query attends only to keys of its own segment.
-      key_segments: integer (B, S), of any integer dtype each.
+      key_segments: integer (B, S).
       alibi_slopes: accumulation dtype, (N,); adds −slope·|i − j| to the logits.
       query_offset: int32 (B,); query i is at position i + offset for causality, windows and ALiBi,
         keys are at their index. Lengths, segments and the mask go by index.
@@ -32,56 +64,131 @@ class Masking(NamedTuple):
     query_offset: jax.Array | None = None
 
 
-class Inputs(NamedTuple):
-    """The differentiable arrays, and what has been made of them already.
-
-    Attributes:
-      query: (B, T, N, H).
-      key: (B, S, K, H), K divides N.
-      value: (B, S, K, H).
-      gamma: (N,), bandwidth γ per query head, accumulation dtype.
-      key_norm_weight: (N,), λ per query head, accumulation dtype.
-      key_norms: of `squared_norms`, (B, S, K), where they are at hand; None where the
-        implementation is to make them. Gradients are those of the keys in either case.
-    """
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    gamma: jax.Array
-    key_norm_weight: jax.Array
-    key_norms: jax.Array | None = None
-
-    def squared_key_norms(self) -> jax.Array:
-        """‖k‖², (B, S, K), accumulation dtype."""
-        return squared_norms(self.key) if self.key_norms is None else self.key_norms
-
-
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """Static choices, hashable.
+class Rules:
+    """The static side of a call, hashable: what programs and kernels are compiled for.
 
     Attributes:
-      is_causal: query i attends to keys j ≤ i.
-      window: (left, right): query i attends to keys i − left ≤ j ≤ i + right.
-      origin_sink: a virtual key at the origin with value 0 takes part in every row.
+      left: query i attends to keys j ≥ i − left; None: no such rule.
+      right: query i attends to keys j ≤ i + right; None: no such rule. Causality is right = 0.
+      num_global_keys: the first keys, which every query attends to whatever window, segments and
+        ALiBi say; right = 0 still hides keys that come after the query.
+      sink: `Inputs.sink_logits` are given.
       return_residual: the caller wants the logsumexp.
-      shared_key_norm_weight: λ was given as one number for all heads.
-      static_gamma: γ where it is one number known while tracing, else None. ``Inputs.gamma``
-        holds γ in either case.
+      static_gamma: γ if it is one number known while tracing, else None. ``Inputs.gamma`` holds γ
+        in either case, so that an implementation may ignore this field.
       static_key_norm_weight: λ likewise.
+      arrays: names of the `Masking` arrays that are given, by `for_kernels`.
     """
 
-    is_causal: bool = False
-    window: tuple[int, int] | None = None
-    origin_sink: bool = False
+    left: int | None = None
+    right: int | None = None
+    num_global_keys: int = 0
+    sink: bool = False
     return_residual: bool = False
-    shared_key_norm_weight: bool = True
     static_gamma: float | None = None
     static_key_norm_weight: float | None = None
+    arrays: tuple[str, ...] = ()
+
+    @property
+    def causal(self) -> bool:
+        """Whether no query attends to a key after it."""
+        return self.right == 0
+
+    @property
+    def has_alibi(self) -> bool:
+        """Whether there are ALiBi slopes."""
+        return "alibi_slopes" in self.arrays
+
+    @property
+    def has_query_lengths(self) -> bool:
+        """Whether the queries have lengths."""
+        return "query_lengths" in self.arrays
+
+    @property
+    def has_key_lengths(self) -> bool:
+        """Whether the keys have lengths."""
+        return "key_lengths" in self.arrays
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether there are segment ids."""
+        return "query_segments" in self.arrays
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether there is a general mask."""
+        return "mask" in self.arrays
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether positions of queries are not their indices."""
+        return "query_offset" in self.arrays
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether positions and lengths alone do not say who may attend to whom."""
+        return self.has_segments or self.has_mask
+
+    def for_kernels(self, masking: Masking) -> Rules:
+        """Returns what compiled programs and kernels depend on, so that they are found again.
+
+        Of λ they need to know only whether it may be positive: there is no bound otherwise.
+        """
+        weight = self.static_key_norm_weight
+        return dataclasses.replace(
+            self,
+            return_residual=False,
+            static_gamma=None,
+            static_key_norm_weight=0.0 if weight is not None and weight <= 0 else None,
+            arrays=tuple(name for name, array in masking._asdict().items() if array is not None),
+        )
 
 
-def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+_FACTS = frozenset({"static_gamma", "static_key_norm_weight", "arrays"})
+# The argument of `rbf_attention` behind a field, where the names differ.
+_ARGUMENTS = {
+    "left": "local_window_size",
+    "right": "is_causal or local_window_size",
+    "sink": "sink_logits or origin_sink",
+    "query_lengths": "query_seq_lengths",
+    "key_lengths": "key_value_seq_lengths",
+    "query_segments": "query_segment_ids",
+    "key_segments": "key_value_segment_ids",
+    "return_residual": "return_residual or normalize=False",
+}
+
+# The axes of every array by name: b batch, t queries, s keys, n query heads, k key/value heads,
+# "." any other. Axes of size 1 stand for all.
+AXES = {
+    **dict.fromkeys(("query", "out", "dout"), "btn."),
+    **dict.fromkeys(("key", "value"), "bsk."),
+    "key_norms": "bsk",
+    **dict.fromkeys(("gamma", "key_norm_weight", "sink_logits", "alibi_slopes"), "n"),
+    **dict.fromkeys(("query_lengths", "key_lengths", "query_offset"), "b"),
+    "query_segments": "bt",
+    "key_segments": "bs",
+    "mask": "bnts",
+    "logsumexp": "btn",
+    "dlogsumexp": "btn",
+}
+# A cache has a head's keys in one piece.
+CACHE_AXES = AXES | dict.fromkeys(("key", "value"), "bks.") | {"key_norms": "bks"}
+
+
+def unsupported(rules: Rules, masking: Masking, supported: frozenset[str]) -> str | None:
+    """Returns which options in use are not in `supported`, as the rest of a sentence, or None."""
+    used = [
+        field.name
+        for field in dataclasses.fields(rules)
+        if field.name not in _FACTS and getattr(rules, field.name) != field.default
+    ]
+    used += [name for name, array in masking._asdict().items() if array is not None]
+    missing = [_ARGUMENTS.get(name, name) for name in used if name not in supported]
+    return f"does not support {', '.join(missing)}" if missing else None
+
+
+def accumulation_dtype(dtype: Any) -> jnp.dtype:
     """The dtype of logits, norms, sums and logsumexp: float32, or float64 for float64 inputs."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
@@ -89,80 +196,3 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
 def squared_norms(key: jax.Array) -> jax.Array:
     """‖k‖² over the last axis, in the accumulation dtype."""
     return jnp.sum(jnp.square(key.astype(accumulation_dtype(key.dtype))), axis=-1)
-
-
-def group_heads(per_head: jax.Array, num_kv_heads: int) -> jax.Array:
-    """One number per query head, (N,), as (1, K, G, 1, 1), to go with logits (B, K, G, T, S)."""
-    return per_head.reshape(1, num_kv_heads, -1, 1, 1)
-
-
-def allowed_pairs(
-    masking: Masking,
-    options: Options,
-    num_kv_heads: int,
-    query_positions: jax.Array,
-    key_positions: jax.Array,
-) -> jax.Array | None:
-    """Who attends to whom in a tile of the logits.
-
-    The arrays of ``masking`` must already be cut to the tile; only the lengths are per batch
-    element and need no cutting.
-
-    Args:
-      masking: rules, cut to the tile.
-      options: static rules.
-      num_kv_heads: K.
-      query_positions: int32 (T,), indices of the tile's rows in the whole sequence.
-      key_positions: int32 (S,), indices of the tile's columns.
-
-    Returns:
-      bool, broadcastable to (B, K, G, T, S); None when every pair is allowed.
-    """
-    rows = query_positions[None, None, None, :, None]
-    columns = key_positions[None, None, None, None, :]
-    positions = _offset_rows(masking, query_positions)
-    rules = []
-    if options.is_causal:
-        rules.append(columns <= positions)
-    if options.window is not None:
-        left, right = options.window
-        rules.append((columns >= positions - left) & (columns <= positions + right))
-    if masking.query_lengths is not None:
-        rules.append(rows < _per_row(masking.query_lengths))
-    if masking.key_lengths is not None:
-        rules.append(columns < _per_row(masking.key_lengths))
-    if masking.query_segments is not None and masking.key_segments is not None:
-        same = masking.query_segments[:, :, None] == masking.key_segments[:, None, :]
-        rules.append(same[:, None, None])
-    if masking.mask is not None:
-        B, N, T, S = masking.mask.shape
-        heads = (1, 1) if N == 1 else (num_kv_heads, N // num_kv_heads)
-        rules.append(masking.mask.reshape(B, *heads, T, S))
-    if not rules:
-        return None
-    allowed = rules[0]
-    for rule in rules[1:]:
-        allowed = allowed & rule
-    return allowed
-
-
-def alibi_bias(
-    masking: Masking, num_kv_heads: int, query_positions: jax.Array, key_positions: jax.Array
-) -> jax.Array | None:
-    """−slope·|i − j| of a tile, (B or 1, K, G, T, S), or None (Press et al., arXiv:2108.12409)."""
-    if masking.alibi_slopes is None:
-        return None
-    rows = _offset_rows(masking, query_positions)
-    distance = jnp.abs(rows - key_positions[None, None, None, None, :])
-    slopes = group_heads(masking.alibi_slopes, num_kv_heads)
-    return -slopes * distance.astype(slopes.dtype)
-
-
-def _offset_rows(masking: Masking, query_positions: jax.Array) -> jax.Array:
-    """Positions of the rows for rules of distance, (B or 1, 1, 1, T, 1)."""
-    rows = query_positions[None, None, None, :, None]
-    return rows if masking.query_offset is None else rows + _per_row(masking.query_offset)
-
-
-def _per_row(lengths: jax.Array) -> jax.Array:
-    return lengths[:, None, None, None, None]

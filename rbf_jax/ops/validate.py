@@ -23,6 +23,7 @@ def arrays(
     *,
     gamma,
     key_norm_weight,
+    sink_logits,
     query_seq_lengths,
     key_value_seq_lengths,
     query_segment_ids,
@@ -41,37 +42,12 @@ def arrays(
     B, T, N, H = query.shape
     S = key.shape[1]
     dtype = accumulation_dtype(query.dtype)
-    if gamma is None:
-        gamma = 1 / math.sqrt(H)
-    _require_known(
-        "gamma", gamma, dtype, "finite and greater than 0", lambda x: np.isfinite(x) & (x > 0)
-    )
-    _require_known("key_norm_weight", key_norm_weight, dtype, "finite", np.isfinite)
-    inputs = Inputs(
-        query,
-        key,
-        value,
-        _per_head("gamma", gamma, N, dtype),
-        _per_head("key_norm_weight", key_norm_weight, N, dtype),
-    )
+    inputs = Inputs(query, key, value, *numbers(gamma, key_norm_weight, sink_logits, N, H, dtype))
     if (query_segment_ids is None) != (key_value_segment_ids is None):
         given, missing = "query_segment_ids", "key_value_segment_ids"
         if query_segment_ids is None:
             given, missing = missing, given
         raise ValueError(f"{given} is given without {missing}: both or neither are required.")
-    if alibi_slopes is not None:
-        _require_known(
-            "alibi_slopes",
-            alibi_slopes,
-            dtype,
-            "finite and not negative",
-            lambda x: np.isfinite(x) & (x >= 0),
-        )
-        if np.shape(alibi_slopes) != (N,):
-            raise ValueError(
-                f"alibi_slopes has shape {np.shape(alibi_slopes)}, but must have (N,) = ({N},)."
-            )
-        alibi_slopes = jax.lax.stop_gradient(_per_head("alibi_slopes", alibi_slopes, N, dtype))
     query_lengths = _integers("query_seq_lengths", query_seq_lengths, (B,), unbatched)
     key_lengths = _integers("key_value_seq_lengths", key_value_seq_lengths, (B,), unbatched)
     masking = Masking(
@@ -80,9 +56,85 @@ def arrays(
         key_lengths=_clip(key_lengths, S),
         query_segments=_integers("query_segment_ids", query_segment_ids, (B, T), unbatched),
         key_segments=_integers("key_value_segment_ids", key_value_segment_ids, (B, S), unbatched),
-        alibi_slopes=alibi_slopes,
+        alibi_slopes=slopes(alibi_slopes, N, dtype),
     )
     return inputs, masking, unbatched
+
+
+def numbers(
+    gamma, key_norm_weight, sink_logits, num_heads: int, head_dim: int, dtype
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Returns γ, λ and the sinks' logits, one per head; λ < 0 is as valid as λ > 0."""
+    finite = "finite", np.isfinite
+    positive = "finite and greater than 0", lambda x: np.isfinite(x) & (x > 0)
+    gamma = 1 / math.sqrt(head_dim) if gamma is None else gamma
+    return (
+        _per_head("gamma", gamma, num_heads, dtype, *positive),
+        _per_head("key_norm_weight", key_norm_weight, num_heads, dtype, *finite),
+        None
+        if sink_logits is None
+        else _per_head("sink_logits", sink_logits, num_heads, dtype, *finite),
+    )
+
+
+def slopes(alibi_slopes, num_heads: int, dtype) -> jax.Array | None:
+    """Returns ALiBi's slopes, (N,), constants of every derivative."""
+    if alibi_slopes is None:
+        return None
+    requirement = "finite and not negative", lambda x: np.isfinite(x) & (x >= 0)
+    return jax.lax.stop_gradient(
+        _per_head("alibi_slopes", alibi_slopes, num_heads, dtype, *requirement, scalar=False)
+    )
+
+
+def sink(origin_sink: Any, sink_logits: Any, normalize: bool) -> Any:
+    """Returns the sinks' logits: 0 for the origin sink, a virtual key at the origin."""
+    origin_sink = boolean("origin_sink", origin_sink)
+    if origin_sink and sink_logits is not None:
+        raise ValueError(
+            "origin_sink=True is sink_logits=0 and excludes other sink_logits; give one of them."
+        )
+    given = {"origin_sink=True": origin_sink, "sink_logits": sink_logits is not None}
+    if not normalize and any(given.values()):
+        name = next(name for name, is_given in given.items() if is_given)
+        raise ValueError(f"{name} has no effect with normalize=False; leave it out.")
+    return 0.0 if origin_sink else sink_logits
+
+
+def refuse_dot_product_arguments(scale: Any, bias: Any) -> None:
+    """Raises for arguments of `jax.nn.dot_product_attention` that have another name here."""
+    if scale is not None:
+        raise ValueError(
+            f"scale={scale!r} is not taken: pass gamma = scale / 2, since the logits are "
+            "2γ q·k − λγ‖k‖², and key_norm_weight=0 as well for the dot product."
+        )
+    if bias is not None:
+        raise NotImplementedError(
+            f"bias, a {type(bias).__name__}, is not supported: use mask for entries of −∞, "
+            "alibi_slopes for a penalty of distance, local_window_size or segment ids for blocks."
+        )
+
+
+def refuse_dropout(rate: Any, deterministic: Any) -> None:
+    """Raises NotImplementedError unless the arguments of Flax's attention layers mean no dropout.
+
+    Anything but the number 0 asks for dropout, a traced rate among it.
+    """
+    if not deterministic and static_number(rate) != 0:
+        raise NotImplementedError(
+            f"dropout_rate={rate} with deterministic={deterministic} is not supported: attention "
+            "weights are never formed, so none can be dropped. Set dropout_rate=0. The "
+            "attention_fn for layers of Flax, linen and nnx, is rbf_jax.nn.rbf_attention_fn."
+        )
+
+
+def global_keys(value: Any, num_keys: int) -> int:
+    """Returns `num_global_keys`, from 0 to S."""
+    if not _is_integer(value) or not 0 <= value <= num_keys:
+        raise ValueError(
+            f"num_global_keys={value!r} must be an int from 0 to the number of keys, {num_keys}."
+        )
+    return int(value)
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -92,25 +144,22 @@ def boolean(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def window(value: Any, longest: int) -> tuple[int, int] | None:
+def window(value: Any, is_causal: bool, longest: int) -> tuple[int | None, int | None]:
     """Returns (left, right) for `local_window_size`, which may be None, an int or a pair.
 
-    Each is at most `longest`, the longer of T and S, which no distance between positions reaches.
+    Causality is right = 0. None where a side reaches `longest`, the longer of T and S, which no
+    distance between positions does: there is no such rule then.
     """
-    if value is None:
-        return None
-    pair = (value, value) if isinstance(value, (int, np.integer)) else value
-    valid = (
-        isinstance(pair, Sequence)
-        and len(pair) == 2
-        and all(isinstance(x, (int, np.integer)) and not isinstance(x, bool) for x in pair)
-        and all(x >= 0 for x in pair)
-    )
-    if not valid:
+    pair = (value, value) if _is_integer(value) else value
+    if pair is None:
+        return None, 0 if is_causal else None
+    valid = isinstance(pair, Sequence) and len(pair) == 2 and all(map(_is_integer, pair))
+    if not valid or min(pair) < 0:
         raise ValueError(
             f"local_window_size={value!r} must be None, an int ≥ 0 or a pair of them (left, right)."
         )
-    return min(int(pair[0]), longest), min(int(pair[1]), longest)
+    left, right = (int(x) if x < longest else None for x in pair)
+    return left, 0 if is_causal else right
 
 
 def static_number(value: Any) -> float | None:
@@ -157,7 +206,7 @@ def _query_key_value(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array
 
 
 def _require_known(name: str, value, dtype, requirement: str, test) -> None:
-    """Tests what is known when tracing, as it will be in `dtype`; a traced array passes."""
+    """Tests what is known while tracing, as it will be in `dtype`; a traced array passes."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value)):
         return
     try:
@@ -179,16 +228,27 @@ def _asarray(name: str, value) -> jax.Array:
         ) from error
 
 
-def _per_head(name: str, value, num_heads: int, dtype) -> jax.Array:
-    if np.shape(value) not in ((), (num_heads,)):
+def _per_head(
+    name: str, value, num_heads: int, dtype, requirement: str, test, *, scalar: bool = True
+) -> jax.Array:
+    """Returns one number per query head; they are tested where they are known while tracing."""
+    _require_known(name, value, dtype, requirement, test)
+    if np.shape(value) != (num_heads,) and not (scalar and np.shape(value) == ()):
+        shape = f"have shape (N,) = ({num_heads},)"
         raise ValueError(
-            f"{name} has shape {np.shape(value)}, but must be a scalar or have shape "
-            f"(N,) = ({num_heads},)."
+            f"{name} has shape {np.shape(value)}, but must "
+            f"{'be a scalar or ' if scalar else ''}{shape}."
         )
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return jnp.asarray(np.full(num_heads, value, dtype))  # one operation instead of three
     array = _asarray(name, value)
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise ValueError(f"{name} has dtype {array.dtype}, but must be real numbers.")
     return jnp.broadcast_to(array.astype(dtype), (num_heads,))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _mask(mask, shape: tuple[int, int, int, int]) -> jax.Array | None:

@@ -12,6 +12,9 @@ The column sum c is what RBF adds to the usual backward pass. γ and λ then cos
 logits are homogeneous of degree 2 in (q, k), so by Euler's identity, for each head,
 
     dγ = Σ_i q_i·dq_i / γ − λ Σ_j c_j‖k_j‖²,   dλ = −γ Σ_j c_j‖k_j‖²
+
+A sink is a key of value 0, so that dP = 0 for it: the gradient of its logit is −Σ_i P_i δ_i, where
+P_i is its weight, exp(logit − logsumexp_i).
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from rbf_jax.ops.call import Inputs, Masking, Options
+from rbf_jax.ops.call import Inputs, Masking, Rules
 from rbf_jax.ops.parallel.manual_axes import vary_together
 
 # Names for jax.checkpoint policies, so that remat can keep what is dear to recompute.
@@ -65,7 +69,7 @@ class Gradients(NamedTuple):
     norm_moment: jax.Array
 
 
-Forward = Callable[[Inputs, Masking, Options], tuple[jax.Array, jax.Array]]
+Forward = Callable[[Inputs, Masking, Rules], tuple[jax.Array, jax.Array]]
 
 
 class Passes(NamedTuple):
@@ -74,14 +78,14 @@ class Passes(NamedTuple):
     Attributes:
       forward: returns the output and the logsumexp in a form of its own choice.
       backward: receives residuals with the logsumexp in that form, dout (B, T, N, H), dlogsumexp
-        (B, T, N) in the accumulation dtype, and the options.
+        (B, T, N) in the accumulation dtype, and the rules.
       natural_logsumexp: from that form and the inputs makes the natural logarithm, (B, T, N) in the
         accumulation dtype, −inf for rows that may attend to nothing.
       own_logsumexp: the inverse.
     """
 
     forward: Forward
-    backward: Callable[[Residuals, jax.Array, jax.Array, Options], Gradients]
+    backward: Callable[[Residuals, jax.Array, jax.Array, Rules], Gradients]
     natural_logsumexp: Callable[[jax.Array, Inputs], jax.Array] = lambda logsumexp, inputs: (
         logsumexp
     )
@@ -89,7 +93,7 @@ class Passes(NamedTuple):
 
 
 def with_custom_vjp(passes: Passes) -> Forward:
-    """Returns ``attend(inputs, masking, options) -> (out, logsumexp)`` with the rule above.
+    """Returns ``attend(inputs, masking, rules) -> (out, logsumexp)`` with the rule above.
 
     Args:
       passes: of the implementation.
@@ -97,35 +101,56 @@ def with_custom_vjp(passes: Passes) -> Forward:
     forward, backward, natural_logsumexp, _ = passes
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def call(options, inputs, masking):
-        out, logsumexp = forward(inputs, masking, options)
+    def call(rules, inputs, masking):
+        out, logsumexp = forward(inputs, masking, rules)
         return out, natural_logsumexp(logsumexp, inputs)
 
-    def call_forward(options, inputs, masking):
-        out, logsumexp = forward(inputs, masking, options)
+    def call_forward(rules, inputs, masking):
+        out, logsumexp = forward(inputs, masking, rules)
         out = checkpoint_name(out, OUTPUT_NAME)
         logsumexp = checkpoint_name(logsumexp, LOGSUMEXP_NAME)
         residuals = Residuals(inputs, masking, out, logsumexp)
         return (out, natural_logsumexp(logsumexp, inputs)), residuals
 
-    def call_backward(options, residuals, cotangents):
+    def call_backward(rules, residuals, cotangents):
         dout, dlogsumexp = cotangents
-        gradients = backward(residuals, dout, dlogsumexp, options)
+        gradients = backward(residuals, dout, dlogsumexp, rules)
         inputs = residuals.inputs
         gamma, key_norm_weight = inputs.gamma, inputs.key_norm_weight
         query_moment, norm_moment = gradients.query_moment, gradients.norm_moment
+        dsink = None
+        if inputs.sink_logits is not None:
+            logsumexp = natural_logsumexp(residuals.logsumexp, inputs)
+            dsink = _sink_gradient(inputs.sink_logits, residuals.out, logsumexp, *cotangents)
         return Inputs(
             query=gradients.query.astype(inputs.query.dtype),
             key=gradients.key.astype(inputs.key.dtype),
             value=gradients.value.astype(inputs.value.dtype),
             gamma=query_moment / gamma - key_norm_weight * norm_moment,
             key_norm_weight=-gamma * norm_moment,
+            sink_logits=dsink,
             key_norms=None,  # What they contribute is in the gradient of the keys.
         ), None
 
     call.defvjp(call_forward, call_backward)
 
-    def attend(inputs: Inputs, masking: Masking, options: Options):
-        return call(options, *vary_together((inputs, masking)))
+    def attend(inputs: Inputs, masking: Masking, rules: Rules):
+        try:
+            return call(rules, *vary_together((inputs, masking)))
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise TypeError(
+                "This implementation of RBF attention has no forward-mode derivatives (jvp): it "
+                'defines a custom_vjp. implementation="reference" has them; "xla" and "reference" '
+                "have the jvp of gradients (forward over reverse)."
+            ) from error
 
     return attend
+
+
+def _sink_gradient(sink_logits, out, logsumexp, dout, dlogsumexp) -> jax.Array:
+    """Returns the gradient of the sinks' logits, (N,)."""
+    delta = jnp.einsum("btnh,btnh->btn", out, dout, preferred_element_type=logsumexp.dtype)
+    weight = jnp.exp(sink_logits - jnp.where(jnp.isneginf(logsumexp), jnp.inf, logsumexp))
+    return -jnp.sum(weight * (delta - dlogsumexp), axis=(0, 1))

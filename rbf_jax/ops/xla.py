@@ -19,17 +19,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbf_jax.ops.call import (
-    Inputs,
-    Masking,
-    Options,
-    accumulation_dtype,
-    alibi_bias,
-    allowed_pairs,
+from rbf_jax.ops.call import Inputs, Masking, Rules, accumulation_dtype
+from rbf_jax.ops.logits import (
+    Blocks,
     group_heads,
+    key_penalties,
+    rbf_logits,
+    visible_keys,
+    visible_queries,
+    with_rules,
 )
-from rbf_jax.ops.vjp import Gradients, Passes, Residuals, with_custom_vjp
+from rbf_jax.ops.vjp import Gradients, Passes, Residuals
 
+SUPPORTS = frozenset(
+    {
+        *("left", "right", "num_global_keys", "sink", "return_residual"),
+        *("mask", "query_lengths", "key_lengths", "query_segments", "key_segments"),
+        *("alibi_slopes", "query_offset"),
+    }
+)
 # Upper limits of a block of queries and of keys, found by trying on two CPU cores: smaller ones pay
 # for more loop turns, larger ones fall out of the cache.
 _MAX_BLOCKS = (256, 512)
@@ -65,12 +73,6 @@ class _Axis:
     def update(self, array: jax.Array, block: jax.Array, index, axis: int) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(array, block, index * self.block, axis)
 
-    def holding(self, lowest: list, highest: list):
-        """The blocks [first, last) that hold the positions from all of `lowest` to `highest`."""
-        first = functools.reduce(jnp.maximum, lowest) // self.block
-        last = functools.reduce(jnp.minimum, highest) // self.block + 1
-        return jnp.int32(first), jnp.int32(last)
-
     def positions(self, index) -> jax.Array:
         return index * self.block + jnp.arange(self.block, dtype=jnp.int32)
 
@@ -83,14 +85,15 @@ class _Call(NamedTuple):
     query: jax.Array  # B K G T H
     key: jax.Array  # B K S H
     value: jax.Array  # B K S H, in the dtype of the weights
-    key_penalty: jax.Array  # λγ‖k‖², B K G 1 S, accumulation dtype
-    double_gamma: jax.Array  # 2γ, 1 K G 1 1, accumulation dtype
+    key_penalties: jax.Array  # λγ‖k‖², B K G 1 S, accumulation dtype
+    gamma: jax.Array  # γ, 1 K G 1 1, accumulation dtype
+    sink_logits: jax.Array | None  # likewise
     masking: Masking
-    options: Options
+    rules: Rules
 
     @classmethod
     def prepare(
-        cls, inputs: Inputs, masking: Masking, options: Options, limits: tuple[int, int]
+        cls, inputs: Inputs, masking: Masking, rules: Rules, limits: tuple[int, int]
     ) -> _Call:
         dtype = accumulation_dtype(inputs.query.dtype)
         weight_dtype = inputs.query.dtype if inputs.query.dtype == jnp.bfloat16 else dtype
@@ -99,18 +102,21 @@ class _Call(NamedTuple):
         columns = _Axis.cut(inputs.key.shape[1], limits[1])
         key = _heads_first(inputs.key, K, columns)[:, :, 0]
         value = _heads_first(inputs.value, K, columns)[:, :, 0]
-        key_norms = _heads_first(inputs.squared_key_norms(), K, columns)[:, :, :, None]
-        gamma = group_heads(inputs.gamma, K)
+        gamma, weight = group_heads(inputs.gamma, K), group_heads(inputs.key_norm_weight, K)
+        sink = inputs.sink_logits
         return cls(
             rows=rows,
             columns=columns,
             query=_heads_first(inputs.query, K, rows),
             key=key,
             value=value.astype(weight_dtype),
-            key_penalty=group_heads(inputs.key_norm_weight, K) * gamma * key_norms,
-            double_gamma=2 * gamma,
+            key_penalties=key_penalties(
+                _heads_first(inputs.squared_key_norms(), K, columns)[:, :, :, None], gamma, weight
+            ),
+            gamma=gamma,
+            sink_logits=None if sink is None else group_heads(sink, K),
             masking=_pad_masking(masking, rows, columns),
-            options=options,
+            rules=rules,
         )
 
     def logits(self, query: jax.Array, key: jax.Array, i, j) -> jax.Array:
@@ -118,62 +124,47 @@ class _Call(NamedTuple):
         rows, columns, K = self.rows, self.columns, self.key.shape[1]
         positions = rows.positions(i), columns.positions(j)
         products = _dot(query, key, ((4,), (3,)))
-        logits = self.double_gamma * products - columns.slice(self.key_penalty, j, 4)
-        bias = alibi_bias(self.masking, K, *positions)
-        if bias is not None:
-            logits = logits + bias
+        logits = rbf_logits(products, columns.slice(self.key_penalties, j, 4), self.gamma)
         masking = _cut_masking(self.masking, rows, columns, i, j)
-        allowed = allowed_pairs(masking, self.options, K, *positions)
+        logits = with_rules(logits, self.rules, masking, K, *positions)
         if columns.length % columns.block:
             inside = (positions[1] < columns.length)[None, None, None, None]
-            allowed = inside if allowed is None else allowed & inside
-        return logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+            logits = jnp.where(inside, logits, -jnp.inf)
+        return logits
 
     def offsets(self):
         """The least and the largest position of the first query."""
         offset = self.masking.query_offset
-        return (0, 0) if offset is None else (offset.min(), offset.max())
+        return (jnp.int32(0),) * 2 if offset is None else (offset.min(), offset.max())
 
-    def key_blocks(self, i):
-        """The key blocks [first, last) that query block i can attend to, by structural rules."""
+    def key_blocks(self, i) -> Blocks:
+        """The blocks of keys that query block i can attend to, by position and lengths."""
         least, most = self.offsets()
         first, last = i * self.rows.block + least, (i + 1) * self.rows.block - 1 + most
-        lowest: list = [0]
-        highest: list = [self.columns.length - 1]
-        if self.options.window is not None:
-            lowest.append(first - self.options.window[0])
-            highest.append(last + self.options.window[1])
-        if self.options.is_causal:
-            highest.append(last)
-        if self.masking.key_lengths is not None:
-            highest.append(self.masking.key_lengths.max() - 1)
-        return self.columns.holding(lowest, highest)
+        lengths = self.masking.key_lengths
+        stop = jnp.int32(self.columns.length) if lengths is None else lengths.max()
+        return visible_keys(self.rules, first, last, stop, self.columns.block)
 
-    def query_blocks(self, j):
-        """The query blocks [first, last) that can attend to key block j."""
+    def query_blocks(self, j) -> Blocks:
+        """The blocks of queries that can attend to key block j."""
         least, most = self.offsets()
-        first, last = j * self.columns.block - most, (j + 1) * self.columns.block - 1 - least
-        lowest: list = [0]
-        highest: list = [self.rows.length - 1]
-        if self.options.window is not None:
-            lowest.append(first - self.options.window[1])
-            highest.append(last + self.options.window[0])
-        if self.options.is_causal:
-            lowest.append(first)
-        if self.masking.query_lengths is not None:
-            highest.append(self.masking.query_lengths.max() - 1)
-        return self.rows.holding(lowest, highest)
+        key, last_key = j * self.columns.block, (j + 1) * self.columns.block - 1
+        lengths = self.masking.query_lengths
+        stop = jnp.int32(self.rows.length) if lengths is None else lengths.max()
+        return visible_queries(
+            self.rules, key, key - most, last_key - least, stop, stop, self.rows.block
+        )
 
 
 # Compiled as a unit: outside a jit, loops whose bodies are new functions each time would be
 # compiled at every call.
-@functools.partial(jax.jit, static_argnames=("options", "limits"))
+@functools.partial(jax.jit, static_argnames=("rules", "limits"))
 def _forward_in_blocks(
-    inputs: Inputs, masking: Masking, options: Options, limits: tuple[int, int]
+    inputs: Inputs, masking: Masking, rules: Rules, limits: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
-    call = _Call.prepare(inputs, masking, options, limits)
+    call = _Call.prepare(inputs, masking, rules, limits)
     rows, columns = call.rows, call.columns
-    dtype = call.key_penalty.dtype
+    dtype = call.key_penalties.dtype
     zeros = _zeros(call.query, dtype)
     row_zeros = zeros[..., 0]
 
@@ -195,16 +186,11 @@ def _forward_in_blocks(
             products = _dot(weights.astype(value.dtype), value, ((4,), (2,)))
             return weighted * decay[..., None] + products, total, new_maximum
 
-        # The origin sink is a key with logit 0 and value 0 that every row sees first.
-        sink = options.origin_sink
-        nothing_yet = rows.slice(row_zeros, i, 3)
-        carry = (
-            rows.slice(zeros, i, 3),
-            nothing_yet + (1 if sink else 0),
-            nothing_yet + (0 if sink else -jnp.inf),
-        )
-        first, last = call.key_blocks(i)
-        weighted, total, maximum = lax.fori_loop(first, last, key_block, carry)
+        carry = rows.slice(zeros, i, 3), *_before_keys(rows.slice(row_zeros, i, 3), call)
+        blocks = call.key_blocks(i)
+        if rules.num_global_keys:
+            carry = lax.fori_loop(jnp.int32(0), blocks.global_stop, key_block, carry)
+        weighted, total, maximum = lax.fori_loop(blocks.start, blocks.stop, key_block, carry)
         nothing = total == 0
         total = jnp.where(nothing, 1, total)
         block = (weighted / total[..., None]).astype(out.dtype)
@@ -216,18 +202,18 @@ def _forward_in_blocks(
     return _lengths_first(out, rows), _lengths_first(logsumexp, rows)
 
 
-@functools.partial(jax.jit, static_argnames=("options", "limits"))
+@functools.partial(jax.jit, static_argnames=("rules", "limits"))
 def _backward_in_blocks(
     residuals: Residuals,
     dout: jax.Array,
     delta: jax.Array,
-    options: Options,
+    rules: Rules,
     limits: tuple[int, int],
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    call = _Call.prepare(residuals.inputs, residuals.masking, options, limits)
+    call = _Call.prepare(residuals.inputs, residuals.masking, rules, limits)
     rows, columns, K = call.rows, call.columns, call.key.shape[1]
-    dtype, weight_dtype = call.key_penalty.dtype, call.value.dtype
-    zeros = _zeros(call.query, dtype), _zeros(call.key, dtype), _zeros(call.key_penalty, dtype)
+    dtype, weight_dtype = call.key_penalties.dtype, call.value.dtype
+    zeros = _zeros(call.query, dtype), _zeros(call.key, dtype), _zeros(call.key_penalties, dtype)
 
     dout = _heads_first(dout, K, rows).astype(weight_dtype)
     delta = _heads_first(delta, K, rows)
@@ -248,14 +234,14 @@ def _backward_in_blocks(
             dweights = _dot(row_dout, value, ((4,), (3,)))
             dlogits = weights * (dweights - rows.slice(delta, i, 3)[..., None])
             column_sums += dlogits.sum(axis=3)
-            dproducts = (dlogits * call.double_gamma).astype(weight_dtype)
+            dproducts = (dlogits * 2 * call.gamma).astype(weight_dtype)
             dk += _dot(dproducts, query.astype(weight_dtype), ((2, 3), (2, 3)))
             row_dq = rows.slice(dq, i, 3) + _dot(dproducts, key.astype(weight_dtype), ((4,), (2,)))
             return rows.update(dq, row_dq, i, 3), dk, dv, column_sums
 
         blocks = [columns.slice(x, j, axis) for x, axis in zip((dk, dv, column_sums), (2, 2, 3))]
-        first, last = call.query_blocks(j)
-        dq, *blocks = lax.fori_loop(first, last, query_block, (dq, *blocks))
+        visible = call.query_blocks(j)
+        dq, *blocks = lax.fori_loop(visible.start, visible.stop, query_block, (dq, *blocks))
         return (
             dq,
             columns.update(dk, blocks[0], j, 2),
@@ -275,17 +261,17 @@ def _backward_in_blocks(
     )
 
 
-def _forward(inputs: Inputs, masking: Masking, options: Options):
-    return _forward_in_blocks(inputs, masking, _rules(options), _MAX_BLOCKS)
+def _forward(inputs: Inputs, masking: Masking, rules: Rules):
+    return _forward_in_blocks(inputs, masking, rules.for_kernels(masking), _MAX_BLOCKS)
 
 
-def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, options: Options):
+def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, rules: Rules):
     # The logsumexp of a row that may attend to nothing is the constant −∞.
     dlogsumexp = jnp.where(jnp.isneginf(residuals.logsumexp), 0, dlogsumexp)
     dtype = dlogsumexp.dtype
     delta = jnp.sum(residuals.out.astype(dtype) * dout.astype(dtype), axis=-1) - dlogsumexp
     dq, dk, dv, column_sums = _backward_in_blocks(
-        residuals, dout, delta, _rules(options), _MAX_BLOCKS
+        residuals, dout, delta, rules.for_kernels(residuals.masking), _MAX_BLOCKS
     )
     # What the key norms contribute.
     inputs = residuals.inputs
@@ -305,12 +291,13 @@ def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, opti
 
 
 PASSES = Passes(_forward, _backward)
-attend = with_custom_vjp(PASSES)
 
 
-def _rules(options: Options) -> Options:
-    """Only what the loops depend on, so that another γ, say, compiles nothing anew."""
-    return Options(options.is_causal, options.window, options.origin_sink)
+def _before_keys(zeros: jax.Array, call: _Call) -> tuple[jax.Array, jax.Array]:
+    """Sum of weights and maximum of rows that have seen no key, but the sink if there is one."""
+    if call.sink_logits is None:
+        return zeros, zeros - jnp.inf
+    return zeros + 1, zeros + call.sink_logits[..., 0]
 
 
 def _zeros(like: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rbf_jax.nn import AttentionConfig, TransformerConfig
+from rbf_jax.nn.config import from_stored
 from rbf_jax.training.sharding import axis_sizes
 
 # Least values of whole numbers.
@@ -162,7 +163,7 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Returns the configuration that `to_json` wrote.
+    """Returns the configuration that `to_json` wrote, of any age, with the keys of today.
 
     Raises:
       ValueError: it is not JSON, or no object.
@@ -170,6 +171,8 @@ def from_json(text: str) -> ConfigDict:
     content = json.loads(text)
     if not isinstance(content, dict):
         raise ValueError(f"a configuration must be a JSON object, not {type(content).__name__}.")
+    if isinstance(content.get("model"), dict):
+        content["model"] = from_stored(content["model"])
     return ConfigDict(_tuples(content))
 
 

@@ -82,10 +82,9 @@ class GPT2Folder:
             "norm": "layer",
             "use_bias": True,
             "positions": "learned",
-            "num_registers": 0,
             "register_init": "zero",
             "tie_embeddings": bool(content.get("tie_word_embeddings", True)),
-            "attention": {"kind": "dot", "dot_scale": "standard"},
+            "attention": {"kind": "dot", "dot_scale": "standard", "sink": "none"},
         }
 
     def tokenizer(self) -> Tokenizer:

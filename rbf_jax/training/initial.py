@@ -18,7 +18,7 @@ from rbf_jax.training.load import load_run
 logger = logging.getLogger(__name__)
 
 # Parameters that a model may have where the one that it starts from has them fixed.
-_MAY_BE_NEW = ("key_norm_weight", "log_gamma")
+_MAY_BE_NEW = ("key_norm_weight", "log_gamma", "sink_logits")
 _POSITIONS = "position_embedding/embedding"
 
 
@@ -69,8 +69,8 @@ def open_source(path: str | Path) -> Source:
 def start_from(source: Source, drawn: Any, tokenizer: Tokenizer) -> Any:
     """Returns the source's parameters as those of another model, which must be of its shapes.
 
-    Two things may differ: a table of learned positions may be longer than needed, and γ and λ,
-    where they are parameters of the new model only, stay as drawn.
+    Two things may differ: a table of learned positions may be longer than needed; and γ, λ
+    and the sink's logits, where they are parameters of the new model only, stay as drawn.
 
     Args:
       source: what to start from.

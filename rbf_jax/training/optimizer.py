@@ -106,8 +106,9 @@ def _with_promotion(optimizer: optax.GradientTransformation) -> optax.GradientTr
 def decay_mask(params: Any) -> Any:
     """Which parameters weight decay pulls to 0: the matrices.
 
-    Those are kernels, embeddings and the head. Left alone are norms, γ and λ, which are vectors,
-    and biases, registers and SuSiE's weights and register offsets, whatever their shape.
+    Those are kernels, embeddings and the head. Left alone are norms, γ, λ and the sink's logits,
+    which are vectors, and biases, registers and SuSiE's weights and register offsets, whatever
+    their shape.
 
     Args:
       params: pytree of arrays, named as `rbf_jax.nn` names them.

@@ -28,7 +28,8 @@ DATA_PARALLEL = {"data": -1, "fsdp": 1, "tensor": 1, "seq": 1}
 BATCH_SPEC = P(BATCH_AXES, SEQUENCE_AXIS)
 
 # The end of a parameter's path, and which axis splits each of its dimensions. The first rule that
-# fits counts; what none fits is whole on every device: norms, biases, registers, SuSiE, γ, λ.
+# fits counts; what none fits is whole on every device: norms, biases, registers, SuSiE, γ, λ,
+# logits of sinks.
 PARAMETER_RULES = (
     (r"embedding/embedding|head", P("tensor", "fsdp")),  # (V, D)
     (r"position_embedding/embedding", P(None, "fsdp")),  # (T, D)

@@ -176,11 +176,14 @@ def make_inspect_step(model: CausalLM, *, rows: int = 2) -> Callable[[Any, Batch
     """Returns the function (params, batch) → what attention does in the batch's first rows.
 
     float32: "logit_max" (), "key_norm_mean" and "key_norm_max" () of text tokens' keys ‖k‖ over
-    all layers, "register_norm" () if there are registers, and per layer "gamma/LAYER" and
-    "key_norm_weight/LAYER" (N,). Padding does not count. It is a forward pass of its own, so that
-    a step that does not log pays nothing, and one that does needs no more memory than it trains in.
+    all layers, "register_norm" () if there are registers, and per layer "gamma/LAYER",
+    "key_norm_weight/LAYER" and, if learned, "sink_logits/LAYER" (N,). Padding does not count. It
+    is a forward pass of its own, so that a step that does not log pays nothing, and one that does
+    needs no more memory than it trains in.
     """
     num_registers = model.config.num_registers
+    learned_sink = model.config.attention.sink == "learned"
+    per_head = ("gamma", "key_norm_weight", *["sink_logits"] * learned_sink)
 
     def inspect_step(params: Any, batch: Batch) -> Metrics:
         batch = {name: array[:rows] for name, array in batch.items()}
@@ -202,7 +205,7 @@ def make_inspect_step(model: CausalLM, *, rows: int = 2) -> Callable[[Any, Batch
         }
         if num_registers:
             metrics["register_norm"] = sown["register_norm"][0]
-        for name in ("gamma", "key_norm_weight"):
+        for name in per_head:
             metrics |= {f"{name}/{i}": layer[name][0] for i, layer in enumerate(layers)}
         return metrics
 

@@ -61,14 +61,14 @@ def test_every_claim_is_judged_at_the_smallest_scale(tmp_path):
 
 def test_differences_are_those_of_the_records(tmp_path):
     records = make_records(
-        needed(claims.FIGURES["registers"]), tmp_path, **{"num_registers=0": {"offset": 0.07}}
+        needed(claims.FIGURES["registers"]), tmp_path, **{"sink=none": {"offset": 0.07}}
     )
     _, numbers = claims.FIGURES["registers"].draw(list(records.values()))
-    found = numbers["num_registers=0"]
+    found = numbers["sink=none"]
     assert found["reference"] == "base"
     assert found["final_difference"]["mean"] == pytest.approx(0.07)
     assert found["spikes_difference"]["mean"] == found["spikes"]["mean"] == 0
-    mass = records["num_registers=0"].inside["first_token_mass"].mean()
+    mass = records["sink=none"].inside["first_token_mass"].mean()
     assert found["first_token_mass"] == pytest.approx(mass)
 
 
@@ -181,11 +181,11 @@ def test_even_shares_are_marked_where_there_is_a_register_or_a_sink(tmp_path):
     (marks,) = (line for line in made.axes[2].lines if line.get_marker() == "d")
     at = dict(zip(records, marks.get_xdata()))
     assert at["num_registers=4"] == pytest.approx(4 * 0.02)
-    assert at["origin_sink=True,num_registers=4"] == pytest.approx(5 * 0.02)
-    unmarked = {"num_registers=0", "kind=dot,num_registers=0,positions=rope"}
+    assert at["sink=origin,num_registers=4"] == pytest.approx(5 * 0.02)
+    unmarked = {"sink=none", "kind=dot,sink=none,positions=rope"}
     unmarked |= {"register_init=normal"}
     assert {name for name, x in at.items() if np.isnan(x)} == unmarked
-    assert numbers["num_registers=0"]["even_share"] == pytest.approx(0.02)
+    assert numbers["sink=none"]["even_share"] == pytest.approx(0.02)
 
 
 def test_spikes_are_counted_in_whole_numbers(tmp_path):
@@ -277,7 +277,7 @@ def test_maps_mark_the_registers(tmp_path):
 def test_an_origin_sink_is_a_column_of_its_map(tmp_path):
     claim = claims.FIGURES["attention_maps"]
     records = make_records(needed(claim), tmp_path)
-    maps = records["origin_sink=True,num_registers=0"].inside["attention_map"]
+    maps = records["sink=origin"].inside["attention_map"]
     maps *= 0.75
     made, _ = claim.draw(list(records.values()))
     drawn = [axis.images[0].get_array() for axis in made.axes if axis.images]

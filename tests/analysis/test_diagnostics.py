@@ -57,7 +57,7 @@ BARE = {"num_registers": 0, "num_layers": 1}
 
 
 def test_a_sink_takes_what_is_missing(batch):
-    model, variables = small_model({"origin_sink": True}, **BARE)
+    model, variables = small_model({"sink": "origin"}, **BARE)
     seen = look_inside(model, variables, **batch)
     total = seen.attention_weights.sum(-1)
     assert seen.num_registers == 0
@@ -178,21 +178,47 @@ def test_far_keys_are_gated(batch):
 
 def test_a_sink_saves_rows_from_the_gate(batch):
     """Its logit 0 is in the kernel's sums: a row far from all keys is not far from the sink."""
-    model, variables = small_model({"origin_sink": True, "gamma": 1.0}, **BARE)
+    model, variables = small_model({"sink": "origin", "gamma": 1.0}, **BARE)
     params = jax.tree.map(lambda x: x, variables["params"])
     attention = params["block_0"]["attention"]
     # ‖q‖² of some tens, ‖k‖² of hundreds.
     attention["query"]["kernel"] = 3 * attention["query"]["kernel"]
     attention["key"]["kernel"] = 30 * attention["key"]["kernel"]
     with_sink = diagnosed(model, params, batch)["gated"][0]
-    model, _ = small_model({"gamma": 1.0}, **BARE)
+    model, _ = small_model({"gamma": 1.0, "sink": "none"}, **BARE)
     without = diagnosed(model, params, batch)["gated"][0]
     assert without > 0.5
     assert with_sink < 0.1
 
 
+def test_a_learned_sink_is_seen_with_its_own_logit(batch):
+    """At 0 it is the origin sink; far below, rows need the gate; far above, the bound is unsafe."""
+    model, variables = small_model({"sink": "learned", "gamma": 1.0}, **BARE)
+    attention = variables["params"]["block_0"]["attention"]
+    attention["query"]["kernel"] *= 3
+    attention["key"]["kernel"] *= 30
+
+    def found(logit):
+        attention["sink_logits"] = jnp.full(N, logit)
+        return diagnosed(model, variables["params"], batch)
+
+    at_zero, below, above = map(found, (0.0, -1e4, 1e4))
+    origin, _ = small_model({"sink": "origin", "gamma": 1.0}, **BARE)
+    del attention["sink_logits"]
+    expected = diagnosed(origin, variables["params"], batch)
+    assert at_zero.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(at_zero[name], values, atol=1e-6, err_msg=name)
+    np.testing.assert_array_equal(above["sink_logits"], np.full((1, N), 1e4, np.float32))
+    assert at_zero["gated"][0] < 0.1
+    assert below["gated"][0] > 0.5
+    assert (below["sink_mass"] < 1e-6).all()
+    assert (above["gated_by_head"] == 1).all()
+    assert (above["sink_mass"] > 1 - 1e-6).all()
+
+
 def test_without_registers_and_with_a_sink(batch):
-    model, variables = small_model({"origin_sink": True, "gamma": 1.0}, **BARE)
+    model, variables = small_model({"sink": "origin", "gamma": 1.0}, **BARE)
     found = diagnosed(model, variables["params"], batch)
     assert (found["sink_mass"] > 0).all()
     assert (found["register_mass"] == 0).all()
@@ -202,7 +228,7 @@ def test_without_registers_and_with_a_sink(batch):
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_even_shares_are_those_of_weights_that_are_all_alike(batch, window):
-    attention = {"gamma": 1e-7, "origin_sink": True, "window": window}
+    attention = {"gamma": 1e-7, "sink": "origin", "window": window}
     model, variables = small_model(attention, num_layers=1)
     # Two documents in the second row, of 8 tokens and the rest.
     segments, positions = np.ones_like(batch["segment_ids"]), batch["positions"].copy()

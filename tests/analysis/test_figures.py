@@ -7,7 +7,7 @@ from PIL import Image
 
 from rbf_jax.analysis import figures, style
 from rbf_jax.analysis.diagnostics import Inside
-from rbf_jax.analysis.runs import read_runs
+from rbf_jax.analysis.runs import read_run, read_runs
 from tests.harness.synthetic import make_config, make_rows, write_run
 
 
@@ -131,6 +131,15 @@ def test_learned_figure(runs):
     assert figures.learned_figure(runs[1:]) is None
 
 
+def test_learned_sinks_are_drawn_beside_gamma_and_lambda(tmp_path):
+    rows = [dict(row, **{"sink_logits/0": [0.0, 0.1 * row["step"]]}) for row in make_rows()]
+    config = make_config(model__attention__sink="learned")
+    run = read_run(write_run(tmp_path / "a", rows, config))
+    (axes,) = figures.learned_figure([run]).axes
+    assert axes.get_title("left") == "sink's logit, layer 0"
+    assert len(axes.lines) == 3
+
+
 def test_the_legend_shows_runs_as_they_are_drawn(tmp_path):
     learned = make_config(model__attention__learn_gamma=True)
     folders = [
@@ -144,7 +153,7 @@ def test_the_legend_shows_runs_as_they_are_drawn(tmp_path):
 
 
 def test_attention_figure(inside):
-    figure = figures.attention_figure(inside, ["a", "b", "␣", "$d$"], "x", origin_sink=True)
+    figure = figures.attention_figure(inside, ["a", "b", "␣", "$d$"], "x", sink=True)
     panels = np.array([axes for axes in figure.axes if axes.images]).reshape(2, 3)
     drawn = np.ma.filled(panels[1, 2].images[0].get_array(), np.nan)
     expected = inside.attention_weights[1, 0, 2]
@@ -174,7 +183,7 @@ def test_attention_figure_without_sink_and_with_too_many_tokens(inside):
 def test_attention_figure_names_registers_together_where_they_are_many(inside):
     weights = np.full((1, 1, 12, 40, 43), 1 / 43, np.float32)
     many = Inside(weights, np.ones((1, 1, 43, 12), np.float32))
-    axes = figures.attention_figure(many, ["a"] * 40, "x", origin_sink=True).axes[0]
+    axes = figures.attention_figure(many, ["a"] * 40, "x", sink=True).axes[0]
     assert ticks(axes.xaxis) == ["sink…r2", "0", "10", "20", "30"]
     np.testing.assert_array_equal(axes.get_xticks(), [1.5, 4, 14, 24, 34])
 

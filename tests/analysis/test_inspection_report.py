@@ -21,10 +21,12 @@ MODEL, NORMS = "The model, and the text", "Norms of keys and values"
 
 def inspection(registers=1, attention=None, **changes):
     """Of two layers and four heads, all numbers different."""
-    attention = attention or {}
+    attention = attention or {"sink": "register" if registers else "none"}
     rng = np.random.default_rng(0)
     heads = ("entropy", "distance", "register_mass", "sink_mass", "first_token_mass", "gamma")
     found = {name: rng.uniform(0.1, 0.3, (L, N)) for name in (*heads, "gated_by_head")}
+    if attention.get("sink") == "learned":
+        found["sink_logits"] = rng.normal(size=(L, N))
     found["gated"] = found["gated_by_head"].mean(-1)
     found["key_norm_weight"] = np.full((L, N), float(attention.get("kind") != "dot"))
     found["sink_value_norm"] = rng.uniform(0.1, 0.3, L)
@@ -60,16 +62,16 @@ def written(seen):
 @pytest.mark.parametrize(
     ("kind", "registers", "sink"),
     [
-        ("rbf", 0, False),
-        ("rbf", 1, True),
-        ("rbf", 4, False),
-        ("dot", 0, True),
-        ("dot", 1, False),
-        ("dot", 4, True),
+        ("rbf", 0, "none"),
+        ("rbf", 1, "origin"),
+        ("rbf", 4, "register"),
+        ("dot", 0, "learned"),
+        ("dot", 1, "register"),
+        ("dot", 4, "origin"),
     ],
 )
 def test_sections_tell_of_what_a_model_has(kind, registers, sink):
-    seen = inspection(registers, {"kind": kind, "origin_sink": sink})
+    seen = inspection(registers, {"kind": kind, "sink": sink})
     parts = written(seen)
     assert [name for part in parts.values() for name in part.figures] == [
         "heads",
@@ -79,15 +81,17 @@ def test_sections_tell_of_what_a_model_has(kind, registers, sink):
     ]
     header = inspection_report.head_rows(seen)[0]
     assert ("weight on registers" in header) == (registers > 0)
-    assert ("weight on origin sink" in header) == sink
+    virtual = sink in ("origin", "learned")
+    assert ("weight on sink" in header) == virtual
+    assert ("sink logit" in header) == (sink == "learned")
     assert ("rows that need the gate" in header) == (kind == "rbf")
     assert ("A dot product has no bound" in parts["Heads"].text) == (kind == "dot")
-    assert f"| origin sink | {'yes' if sink else 'no'} |" in parts[MODEL].text
+    assert f"| sink | {sink} |" in parts[MODEL].text
     heads = parts["Heads"].figures["heads"]
     titles = [axes.get_title("left") for axes in heads.axes]
-    assert [title.lower() for title in titles] == header[1:-2]
+    assert [title.lower() for title in titles] == header[1 : header.index("γ")]
     maps = parts["Attention maps"]
-    special = ["sink"] * sink + [f"r{i}" for i in range(registers)]
+    special = ["sink"] * virtual + [f"r{i}" for i in range(registers)]
     assert ("Left of the red line" in maps.text) == bool(special)
     named = {0: "The tokens", 1: "the register r0.", 4: "the registers r0 to r3."}
     assert named[registers] in maps.text
@@ -133,18 +137,19 @@ def test_a_dial_is_not_called_learned():
 
 
 def test_head_rows():
-    seen = inspection(attention={"origin_sink": True})
+    seen = inspection(attention={"sink": "learned"})
     header, *rows = inspection_report.head_rows(seen)
     assert [row[0] for row in rows] == [f"{layer}, {head}" for layer in (0, 1) for head in range(N)]
     for name, key, form in (
         ("entropy (nats)", "entropy", ".2f"),
         ("distance (tokens)", "distance", ".1f"),
         ("weight on registers", "register_mass", ".0%"),
-        ("weight on origin sink", "sink_mass", ".0%"),
+        ("weight on sink", "sink_mass", ".0%"),
         ("weight on first token", "first_token_mass", ".0%"),
         ("rows that need the gate", "gated_by_head", ".1%"),
         ("γ", "gamma", ".4f"),
         ("λ", "key_norm_weight", ".3f"),
+        ("sink logit", "sink_logits", ".3f"),
     ):
         column = [row[header.index(name)] for row in rows]
         assert column == [format(value, form) for value in seen.numbers[key].ravel()]

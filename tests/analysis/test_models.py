@@ -111,8 +111,8 @@ def test_visible():
 @pytest.mark.parametrize(
     ("changes", "window"),
     [
-        ({"num_registers": 0, "attention": {"kind": "dot", "window": 3}}, 3),
-        ({"num_registers": 4, "attention": {"origin_sink": True}}, 100),
+        ({"num_registers": 0, "attention": {"kind": "dot", "window": 3, "sink": "none"}}, 3),
+        ({"num_registers": 4, "attention": {"sink": "origin"}}, 100),
     ],
 )
 def test_inspect_run(changes, window, tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_inspect_run(changes, window, tmp_path, monkeypatch):
         np.testing.assert_allclose(seen.numbers[name], values, err_msg=name)
 
     # By hand: each token sees those before it in its document, registers and sink.
-    others = changes["num_registers"] + changes["attention"].get("origin_sink", 0)
+    others = changes["num_registers"] + (changes["attention"].get("sink") == "origin")
     seen_text = [min(i, window) + 1 for i in (0, 1, *range(len(TEXT)))]
     entropy = np.mean([np.log(n + others) for n in seen_text])
     reach = np.mean([sum(range(n)) / (n + others) for n in seen_text])
@@ -160,7 +160,7 @@ def test_inspect_run(changes, window, tmp_path, monkeypatch):
 
 def test_attention_that_weighs_all_alike_is_uniform(tmp_path, monkeypatch):
     model, variables = small_model(
-        num_registers=1, attention={"origin_sink": True}, positions="none", num_layers=1
+        num_registers=1, attention={"sink": "origin"}, positions="none", num_layers=1
     )
     variables = jax.tree.map(np.zeros_like, variables)  # All logits are 0.
     run = types.SimpleNamespace(

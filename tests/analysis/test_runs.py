@@ -72,6 +72,15 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
         read_run(folder)
 
 
+def test_a_run_of_before_there_were_sinks(tmp_path):
+    config = make_config()
+    config["model"]["attention"]["origin_sink"] = True
+    del config["model"]["attention"]["sink"]
+    model = read_run(write_run(tmp_path / "a", config=config)).config["model"]
+    assert (model["attention"]["sink"], model["num_registers"]) == ("origin", 1)
+    assert "origin_sink" not in model["attention"]
+
+
 def test_a_run_without_summary_has_not_finished(tmp_path):
     run = read_run(write_run(tmp_path / "a", summary=False))
     assert not run.finished

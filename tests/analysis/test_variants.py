@@ -18,7 +18,7 @@ def of(name, scale="paper"):
 
 def test_names_say_what_differs_from_the_base():
     names = {v.name for v in of("registers")}
-    assert {"base", "num_registers=0", "kind=dot,num_registers=0,positions=rope"} <= names
+    assert {"base", "sink=none", "kind=dot,sink=none,positions=rope"} <= names
     assert (
         variants.name_of({"model.attention.gamma": 0.25, "train.steps": 9}) == "gamma=0.25,steps=9"
     )

@@ -53,7 +53,7 @@ REGISTERS = {
         "even_share": 0.02,
         "register_mass": 0.2,
     },
-    "num_registers=0": {
+    "sink=none": {
         "spikes": estimate(0.0),
         "seeds": [0, 1, 2, 3],
         "first_token_mass": 0.3,
@@ -199,7 +199,7 @@ def test_the_kernel_is_judged_by_time_and_memory_and_never_by_expertise():
 
 
 def registers(**changes):
-    return verdict(3, **{f"registers__num_registers=0__{k}": v for k, v in changes.items()})
+    return verdict(3, **{f"registers__sink=none__{k}": v for k, v in changes.items()})
 
 
 def test_registers():

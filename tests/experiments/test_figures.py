@@ -175,7 +175,7 @@ def test_stopped_it_says_so(experiment, monkeypatch):
         raise TrainingStopped("stopped by a signal", 15)
 
     monkeypatch.setattr(ensemble, "train_ensemble", stop)
-    variants = [Variant(str(i), {"model.num_registers": i}) for i in range(4)]
+    variants = [Variant(str(i), {"model.num_registers": i}) for i in range(1, 5)]
     monkeypatch.setattr(ensemble_programs, "compile_programs", lambda *_, **__: None)
     with pytest.raises(TrainingStopped, match="stopped by a signal"):
         experiment.train(variants, compile_workers=1, keep_members=False)

@@ -38,7 +38,7 @@ def test_a_report_into_the_run_folder(sink_run, tmp_path, capsys):
     assert f"`python -m experiments.inspect --run {trained} --rows 3`" in text
     losses = json.loads((trained / "summary.json").read_text())
     assert f"| validation loss there | {losses['valid_loss']:.4f} nats per token |" in text
-    for words in ("weight on registers", "weight on origin sink", "rows that need the gate"):
+    for words in ("weight on registers", "weight on sink", "sink logit", "rows that need the gate"):
         assert words in text
     assert (found["step"], found["rows"], found["has_bound"]) == (4, 3, True)
     assert 0 < found["text_tokens"] <= 3 * 16
@@ -49,6 +49,10 @@ def test_a_report_into_the_run_folder(sink_run, tmp_path, capsys):
     assert (numbers["register_mass"] > 0.02).all()
     assert numbers["register_value_norm"].shape == (1, 1)
     assert not np.allclose(numbers["gamma"], 1 / np.sqrt(8), atol=1e-7)
+    assert (numbers["sink_logits"] != 0).all()
+    lines = map(json.loads, (trained / "metrics.jsonl").read_text().splitlines())
+    (last,) = (x["sink_logits/0"] for x in lines if (x["split"], x["step"]) == ("train", 4))
+    assert np.shape(last) == (2,)
 
 
 def test_another_model(train_tiny, tmp_path, capsys):
@@ -58,7 +62,7 @@ def test_another_model(train_tiny, tmp_path, capsys):
     text, found = read(tmp_path / "out", capsys.readouterr().out)
     assert not (folder / "inspect").exists()
     assert "weight on registers" in text
-    assert "weight on origin sink" not in text
+    assert "weight on sink" not in text
     assert "rows that need the gate" not in text
     assert not found["has_bound"]
     assert np.shape(found["numbers"]["register_key_norm"]) == (1, 4)

@@ -116,6 +116,12 @@ def _segments(length_axis):
     return make
 
 
+def sinks(*logits):
+    """Logits of sinks, one per head; given one number, the same for all heads."""
+    array = np.array(logits if len(logits) > 1 else logits[0], np.float32)
+    return lambda *_: array
+
+
 SEGMENTS = {"query_segment_ids": _segments("T"), "key_value_segment_ids": _segments("S")}
 # All options at once, but for those that exclude each other.
 EVERYTHING = {
@@ -211,6 +217,76 @@ CASES = [
     case("small_norms_large_gamma", norm=0.25, gamma=10.0),
     case("large_cotangent", cotangent=300.0),
     case("equal_keys", norm=0.0, offset=1.0),
+    case("sink_logits", ["sink_logits"], N=4, K=2, is_causal=True, sink_logits=sinks(30, -5, 0, 2)),
+    case(  # some rows see nothing but the sink
+        "sink_logits_masked",
+        ["sink_logits", "mask", "lengths"],
+        sink_logits=sinks(-20, 3),
+        mask=_some_rows_masked,
+        query_seq_lengths=lambda *_: np.array([33, 20], np.int32),
+        key_value_seq_lengths=lambda *_: np.array([9, 0], np.int32),
+    ),
+    case("sink_logits_scalar", ["sink_logits"], sink_logits=sinks(1.5), offset=2.0),
+    case(
+        "global_keys",
+        ["global_keys"],
+        T=600,
+        S=600,
+        B=1,
+        K=1,
+        is_causal=True,
+        local_window_size=(5, 0),
+        num_global_keys=3,
+    ),
+    case("global_keys_none_ahead", ["global_keys"], num_global_keys=6, local_window_size=(3, 0)),
+    case(
+        "global_keys_segments",
+        ["global_keys", "segments"],
+        is_causal=True,
+        num_global_keys=3,
+        **SEGMENTS,
+    ),
+    case(
+        "global_keys_alibi",
+        ["global_keys", "alibi"],
+        T=29,
+        num_global_keys=4,
+        alibi_slopes=lambda B, N, *_: 2.0 ** -np.arange(N),
+    ),
+    case(  # more of them than a block of keys has, where blocks are small
+        "global_keys_two_sided",
+        ["global_keys", "two_sided_window"],
+        T=50,
+        S=70,
+        B=1,
+        num_global_keys=19,
+        local_window_size=(3, 2),
+    ),
+    case(
+        "global_keys_lengths",
+        ["global_keys", "lengths"],
+        num_global_keys=5,
+        is_causal=True,
+        local_window_size=4,
+        query_seq_lengths=lambda *_: np.array([30, 33], np.int32),
+        key_value_seq_lengths=lambda *_: np.array([3, 31], np.int32),
+    ),
+    case(
+        "global_keys_everything",
+        ["array_gamma", "mask", "segments", "lengths", "alibi", "sink_logits", "global_keys"],
+        num_global_keys=7,
+        sink_logits=sinks(-5, 1, 0.25, 6),
+        **EVERYTHING,
+    ),
+    case(
+        "unnormalized_global_keys",
+        ["unnormalized", "array_gamma", "alibi", "global_keys"],
+        num_global_keys=2,
+        is_causal=True,
+        local_window_size=6,
+        alibi_slopes=lambda B, N, *_: 0.1 * np.arange(N),
+        normalize=False,
+    ),
 ]
 BY_NAME = {c.name: c for c in CASES}
 
@@ -231,6 +307,8 @@ IN_16_BITS = frozenset(
         "huge_norms",
         "small_norms_large_gamma",
         "large_cotangent",
+        "sink_logits",
+        "global_keys_everything",
     }
 )
 
@@ -242,7 +320,14 @@ def drawn_case(draw):
     N = K * draw(st.sampled_from([1, 3]))
     T, S = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    options: dict = {"is_causal": draw(st.booleans()), "origin_sink": draw(st.booleans())}
+    options: dict = {"is_causal": draw(st.booleans())}
+    sink = draw(st.sampled_from([None, "origin", "scalar", "per_head"]))
+    options["origin_sink"] = sink == "origin"
+    if sink in ("scalar", "per_head"):
+        shape = (N,) if sink == "per_head" else ()
+        options["sink_logits"] = np.asarray(random.normal(0, 5, shape), np.float32)
+    if draw(st.booleans()):
+        options["num_global_keys"] = draw(st.integers(0, S))
     if draw(st.booleans()):
         options["local_window_size"] = (draw(st.integers(0, 40)), draw(st.integers(0, 40)))
     if draw(st.booleans()):

@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops import cudnn
-from rbf_jax.ops.call import Inputs, Options
 from rbf_jax.ops.gpu.mosaic import config as tiles
 from tests.harness import oracle as oracle_lib
 from tests.harness.cases import Case, on_cpu
 
-IN_FLOAT32 = ("logsumexp", "gamma", "key_norm_weight")  # whatever the dtype
+IN_FLOAT32 = ("logsumexp", "gamma", "key_norm_weight", "sink_logits")  # whatever the dtype
 FEW = 1000
 
 
@@ -27,8 +25,8 @@ class Subject:
       name: as the tables call it.
       attend: called like `rbf_attention`, without `implementation`.
       refuses: features (see `Case`) that must raise NotImplementedError.
-      inaccurate: names of cases that it takes and does not do well enough; docs/implementations.md
-        says so.
+      odd_lengths: whether it takes any length; else even ones, and odd T = S if causal.
+      key_norm_weight: the one λ that it takes, known when tracing; replaces that of a case.
       dtypes: the names of the dtypes it takes.
       logsumexp: whether it returns one.
       gamma_gradient: whether γ is differentiable.
@@ -41,13 +39,29 @@ class Subject:
     name: str
     attend: Callable
     refuses: frozenset[str] = frozenset()
-    inaccurate: frozenset[str] = frozenset()
+    odd_lengths: bool = True
+    key_norm_weight: float | None = None
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
     logsumexp: bool = True
     gamma_gradient: bool = True
     keeps_output: bool = True
     bounded: tuple[str, ...] = ()
     prepare: Callable[[], None] | None = None
+
+    def takes(self, case: Case) -> bool:
+        """Whether it supports the case."""
+        square = dict(case.options).get("is_causal", False) and case.T == case.S
+        even = square or not (case.T % 2 or case.S % 2)
+        return not case.features & self.refuses and (self.odd_lengths or even)
+
+    def lacks(self, name: str) -> bool:
+        """Whether it has no such field of `Results`."""
+        has = {
+            "logsumexp": self.logsumexp,
+            "gamma": self.gamma_gradient,
+            "key_norm_weight": self.key_norm_weight is None,
+        }
+        return not has.get(name, True)
 
 
 def poison():
@@ -72,102 +86,98 @@ TRITON = Subject(
 MOSAIC = Subject(
     "mosaic",
     functools.partial(rbf_attention, implementation="mosaic"),
-    refuses=frozenset({"mask", "segments"}),
+    refuses=frozenset({"mask", "segments", "global_keys"}),
     dtypes=("bfloat16", "float16"),
     bounded=("bfloat16",),
     prepare=TRITON.prepare,
 )
 
 
-def mosaic_tiles(head_dim, visits, two_kernels):
-    """Within it the forward kernel visits so many tiles, where they fit, and the backward is so."""
+def mosaic_tiles(head_dim, tiles_per_cta, deterministic):
+    """Sets tiles of the forward kernel, where they fit, and which backward kernels run."""
     H = min(size for size in tiles.HEAD_DIMS if size >= head_dim)
     forward = tiles.choose(H, False, 1, 1)
     if H <= 128:
-        forward = dataclasses.replace(forward, visits=visits)
-    return tiles.override_tiles(forward, tiles.choose_backward(H, two_kernels=two_kernels))
+        forward = dataclasses.replace(forward, tiles_per_cta=tiles_per_cta)
+    return tiles.use_tiles(forward, tiles.choose_backward(H, deterministic=deterministic))
 
 
-CUDNN_REFUSES = frozenset(
-    {
-        "array_gamma",
-        "mask",
-        "lengths",
-        "segments",
-        "alibi",
-        "sink",
-        "two_sided_window",
-        "unnormalized",
-    }
+CUDNN = Subject(
+    "cudnn",
+    functools.partial(rbf_attention, implementation="cudnn"),
+    refuses=frozenset(
+        {
+            "array_gamma",
+            "mask",
+            "lengths",
+            "segments",
+            "alibi",
+            "sink",
+            "sink_logits",
+            "global_keys",
+            "two_sided_window",
+            "unnormalized",
+        }
+    ),
+    dtypes=("bfloat16", "float16"),
+    logsumexp=False,
+    gamma_gradient=False,
+    odd_lengths=False,
+    key_norm_weight=0.0,
 )
-
-
-def _cudnn_arithmetic(query, key, value, *, gamma, key_norm_weight, **options):
-    """cuDNN's augmented heads through jax.nn's "xla": the same sums without an NVIDIA GPU.
-
-    The 16-bit heads are multiplied as float32, exactly, as a GPU does with float32 accumulators.
-    """
-    per_head = [jnp.broadcast_to(jnp.float32(x), query.shape[2]) for x in (gamma, key_norm_weight)]
-    inputs = Inputs(query, key, value, *per_head)
-    shared = Options(shared_key_norm_weight=np.ndim(key_norm_weight) == 0)
-    heads = (x.astype(jnp.float32) for x in cudnn.augment(inputs, shared))
-    with jax.default_matmul_precision("highest"):
-        out = jax.nn.dot_product_attention(
-            *heads, scale=2 * float(gamma), implementation="xla", **options
-        )
-    return cudnn.unpad(out, inputs).astype(query.dtype)
-
-
-_CUDNN = {
-    "refuses": CUDNN_REFUSES,
-    "dtypes": ("bfloat16", "float16"),
-    "logsumexp": False,
-    "gamma_gradient": False,
-}
 
 
 def _subjects():
     reference = functools.partial(rbf_attention, implementation="reference")
     yield Subject("reference", reference, keeps_output=False)
     yield Subject("xla", functools.partial(rbf_attention, implementation="xla"))
-    yield Subject("cudnn arithmetic", _cudnn_arithmetic, **_CUDNN)
     if jax.default_backend() == "gpu":
         yield TRITON
         if jax.devices()[0].compute_capability == "9.0":
             yield MOSAIC
-        yield Subject(
-            "cudnn",
-            functools.partial(rbf_attention, implementation="cudnn"),
-            inaccurate=frozenset({"huge_norms"}),
-            **_CUDNN,
-        )
+        yield CUDNN
 
 
 SUBJECTS = {subject.name: subject for subject in _subjects()}
 
 
 def program_of(subject: Subject, static: tuple, gamma: float | None, compiler_options=None):
-    """What computes the output, the logsumexp and all gradients; NaN where the subject has none.
+    """Returns what computes the output, the logsumexp and all gradients.
 
-    `static` options are part of the program, and so is `gamma` where it is no argument.
+    What the subject or the case lacks is NaN. `static` options are part of the program, and so is
+    `gamma` where it is no argument.
     """
 
     @functools.partial(jax.jit, compiler_options=compiler_options)
     def program(arrays, options):
-        q, k, v, gamma_array, key_norm_weight, dout, dlogsumexp = arrays
+        query, key, value, gamma_array, key_norm_weight, dout, dlogsumexp = arrays
+        options = dict(options)
+        given = {"query": query, "key": key, "value": value}
+        if gamma is None:
+            given["gamma"] = gamma_array
+        if subject.key_norm_weight is None:
+            given["key_norm_weight"] = key_norm_weight
+        if "sink_logits" in options:
+            given["sink_logits"] = options.pop("sink_logits")
 
-        def attend(q, k, v, gamma, key_norm_weight):
+        def attend(given):
+            numbers = {"gamma": gamma, "key_norm_weight": subject.key_norm_weight} | given
+            inputs = [numbers.pop(name) for name in ("query", "key", "value")]
             extra = {"return_residual": True} if subject.logsumexp else {}
-            heads = {"gamma": gamma, "key_norm_weight": key_norm_weight}
-            return subject.attend(q, k, v, **heads, **extra, **options, **dict(static))
+            return subject.attend(*inputs, **numbers, **extra, **options, **dict(static))
 
-        if gamma is not None:
-            out, vjp = jax.vjp(lambda *a: attend(*a[:3], gamma, a[3]), q, k, v, key_norm_weight)
-            dq, dk, dv, dweight = vjp(dout)
-            return out, jnp.nan, dq, dk, dv, jnp.nan, dweight
-        (out, logsumexp), vjp = jax.vjp(attend, q, k, v, gamma_array, key_norm_weight)
-        dlogsumexp = dlogsumexp.astype(logsumexp.dtype)
-        return out, logsumexp, *vjp((dout, dlogsumexp))
+        results, vjp = jax.vjp(attend, given)
+        if subject.logsumexp:
+            out, logsumexp = results
+            (gradients,) = vjp((dout, dlogsumexp.astype(logsumexp.dtype)))
+        else:
+            out, logsumexp = results, jnp.nan
+            (gradients,) = vjp(dout)
+        return oracle_lib.Results(
+            out,
+            logsumexp,
+            **{name: gradients.get(name, jnp.nan) for name in oracle_lib.Results._fields[2:]},
+        )
 
     return program
 
@@ -191,13 +201,20 @@ def run(subject: Subject, case: Case, dtype, seed=0, make=program_of) -> oracle_
 
 @functools.lru_cache(maxsize=512)
 @on_cpu
-def expected(case: Case, dtype_name: str, with_logsumexp: bool, seed: int):
+def expected(case: Case, dtype_name: str, with_logsumexp: bool, seed: int, key_norm_weight=None):
     """The oracle's results, scales and roundings, and the plain formula's results, for a case."""
     arrays = list(case.arrays(jnp.dtype(dtype_name), seed))
+    if key_norm_weight is not None:
+        arrays[4] = np.float32(key_norm_weight)
     if not with_logsumexp:
         arrays[-1] = jnp.zeros_like(arrays[-1])
     options = case.resolved_options()
     return (*oracle_lib.oracle(*arrays, **options), oracle_lib.plain(*arrays, **options))
+
+
+def _expected_of(subject: Subject, case: Case, dtype_name: str, seed: int):
+    given = (subject.key_norm_weight,) if subject.key_norm_weight is not None else ()
+    return expected(case, dtype_name, subject.logsumexp, seed, *given)
 
 
 def violations(subject: Subject, case: Case, dtype_name: str, seed=0, make=program_of) -> list[str]:
@@ -209,14 +226,12 @@ def violations(subject: Subject, case: Case, dtype_name: str, seed=0, make=progr
     weights costs where the subject does that on another scale than the plain formula.
     """
     got = run(subject, case, jnp.dtype(dtype_name), seed, make)
-    want = expected(case, dtype_name, subject.logsumexp, seed)[0]
+    want = _expected_of(subject, case, dtype_name, seed)[0]
     found = []
     for name in want._fields:
-        if name == "logsumexp" and not subject.logsumexp:
-            continue
-        if name == "gamma" and not subject.gamma_gradient:
-            continue
         a, b = getattr(got, name), getattr(want, name)
+        if subject.lacks(name) or b.size == 0:
+            continue
         if a.shape != b.shape:
             found.append(f"{name}: shape {a.shape} instead of {b.shape}")
             continue
@@ -253,7 +268,7 @@ def _difference(a, b, outside):
 
 
 def _bound(subject, case, dtype_name, seed, name, measure) -> float:
-    results = expected(case, dtype_name, subject.logsumexp, seed)
+    results = _expected_of(subject, case, dtype_name, seed)
     want, scale, rounding, kept, plain = (getattr(x, name) for x in results)
     accumulation = np.float64 if dtype_name == "float64" else np.float32
     outside = _infinite(want, dtype_name if name not in IN_FLOAT32 else "float32")

@@ -27,7 +27,8 @@ class Case:
     slots: int = 67  # C
     window: int | None = None
     alibi: bool = False
-    sink: bool = False
+    sink: bool = False  # at the origin
+    sink_logits: tuple[float, ...] | None = None
     dtype: str = "float32"
 
     @property
@@ -41,11 +42,13 @@ class Case:
     def options(self):
         """All but the arrays of `arrays`."""
         slopes = np.linspace(0, 0.2, self.N, dtype=np.float32) if self.alibi else None
+        sinks = None if self.sink_logits is None else np.array(self.sink_logits, np.float32)
         return {
             "num_registers": self.R,
             "window": self.window,
             "alibi_slopes": slopes,
             "origin_sink": self.sink,
+            "sink_logits": sinks,
             "gamma": np.linspace(0.1, 0.4, self.N, dtype=np.float32),
             "key_norm_weight": np.linspace(1.1, -0.2, self.N, dtype=np.float32),
         }
@@ -112,6 +115,8 @@ CASES = [
     Case("nothing", starts=(0, 5), counts=(0, 0)),
     Case("nothing_but_the_sink", starts=(0, 5), counts=(0, 1), sink=True),
     Case("sink", sink=True, dtype="bfloat16"),
+    Case("sink_logits", R=2, sink_logits=(30, -5, 0, 2), starts=(40, 3)),
+    Case("nothing_but_sink_logits", starts=(0, 5), counts=(0, 1), sink_logits=(-7, 0, 1, 9)),
     Case("several_tokens", T=5, starts=(30, 0, 7), counts=(5, 2, 0)),
     Case("window", T=3, window=9, starts=(60, 4)),
     Case("window_of_none", window=0, starts=(40, 0)),
@@ -134,7 +139,7 @@ EVERYTHING = Case(
     slots=34,
     window=32,
     alibi=True,
-    sink=True,
+    sink_logits=(1, -3, 4, 0),
     starts=(70, 20, 0),
     counts=(2, 1, 0),
 )

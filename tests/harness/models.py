@@ -1,7 +1,5 @@
 """Small models with random parameters, registers too: at their zeros much would go unseen."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,18 +10,20 @@ VOCAB, LENGTH = 17, 12
 
 
 def small_config(attention=None, **changes) -> TransformerConfig:
-    config = TransformerConfig(
-        vocab_size=VOCAB,
-        context_length=LENGTH,
-        num_layers=2,
-        d_model=16,
-        num_heads=4,
-        num_kv_heads=2,
-        num_registers=2,
-        tie_embeddings=False,
-        attention=AttentionConfig(**(attention or {})),
-    )
-    return dataclasses.replace(config, **changes)
+    """Two registers, none with the sink "none", unless `changes` say otherwise."""
+    attention = AttentionConfig(**(attention or {}))
+    fields = {
+        "vocab_size": VOCAB,
+        "context_length": LENGTH,
+        "num_layers": 2,
+        "d_model": 16,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "num_registers": None if attention.sink == "none" else 2,
+        "tie_embeddings": False,
+        "attention": attention,
+    }
+    return TransformerConfig(**fields | changes)
 
 
 def random_variables(module, *args, seed=0, scale=0.4):

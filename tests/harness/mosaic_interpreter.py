@@ -27,7 +27,7 @@ from jax._src.state import discharge, indexing
 from jax._src.state import primitives as state_primitives
 from jax._src.state import types as state_types
 
-from rbf_jax.ops.gpu import program as kernel_calls
+from rbf_jax.ops.gpu import program
 from rbf_jax.ops.parallel import custom_partitioning
 
 _REPLACED = {
@@ -205,16 +205,11 @@ def interpreted():
         ),
         # The interpreter's callbacks are ordered, which custom_partitioning does not allow.
         mock.patch.object(
-            custom_partitioning, "by_batch_and_heads", lambda call, given, *_: call(*given)
+            custom_partitioning, "by_batch_and_heads", lambda call, _, __, *given: call(*given)
         ),
     ):
-        _forget()
+        program.compiled.clear_cache()
         try:
             yield
         finally:
-            _forget()
-
-
-def _forget() -> None:
-    for program in (kernel_calls.forward_program, kernel_calls.backward_program):
-        program.clear_cache()
+            program.compiled.clear_cache()

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from rbf_jax.ops import reference
-from rbf_jax.ops.call import Inputs, Masking, Options
+from rbf_jax.ops.call import Inputs, Masking, Rules
 
 T, S = 21, 37
 OPTIONS = {
-    "causal": {"is_causal": True},
-    "window": {"window": (6, 3)},
-    "causal_window": {"is_causal": True, "window": (9, 9)},
+    "causal": {"right": 0},
+    "window": {"left": 6, "right": 3},
+    "causal_window": {"left": 9, "right": 0},
     "alibi": {"alibi": True},
-    "causal_alibi_sink": {"is_causal": True, "alibi": True, "origin_sink": True},
+    "causal_alibi_sink": {"right": 0, "alibi": True, "sink": True},
 }
 # Of two batch elements: before all keys, within, beyond, far beyond.
 OFFSETS = [(0, 5), (-30, -7), (16, 33), (60, -4)]
@@ -51,23 +51,24 @@ def _program(form, attend, name):
     """Compiles output, logsumexp and gradients once for all starts."""
     given = dict(OPTIONS[name])
     slopes = jnp.array([0.1, 0.02, 0.3, 0.05]) if given.pop("alibi", False) else None
-    call = functools.partial(form, attend, slopes, Options(return_residual=True, **given))
+    call = functools.partial(form, attend, slopes, Rules(return_residual=True, **given))
 
     @jax.jit
     def everything(starts, q, k, v, dout, dlogsumexp):
-        numbers = jnp.full(4, 0.3), jnp.ones(4)
+        sinks = [jnp.array([0.0, -2.0, 3.0, 1.0])] if given.get("sink") else []
+        numbers = jnp.full(4, 0.3), jnp.ones(4), *sinks
         results, vjp = jax.vjp(functools.partial(call, starts), q, k, v, *numbers)
         return results, vjp((dout, dlogsumexp.astype(results[1].dtype)))
 
     return everything
 
 
-def _with_offset(attend, slopes, options, starts, q, k, v, gamma, weight):
+def _with_offset(attend, slopes, rules, starts, q, k, v, *numbers):
     masking = Masking(alibi_slopes=slopes, query_offset=starts)
-    return attend(Inputs(q, k, v, gamma, weight), masking, options)
+    return attend(Inputs(q, k, v, *numbers), masking, rules)
 
 
-def _embedded(attend, slopes, options, starts, q, k, v, gamma, weight):
+def _embedded(attend, slopes, rules, starts, q, k, v, *numbers):
     """Places queries and keys in one long sequence, in which the first key is at BEFORE."""
 
     @jax.vmap
@@ -84,6 +85,6 @@ def _embedded(attend, slopes, options, starts, q, k, v, gamma, weight):
     mask = np.zeros((1, 1, 1, LENGTH), bool)
     mask[..., BEFORE : BEFORE + S] = True
     masking = Masking(mask=jnp.array(mask), alibi_slopes=slopes)
-    inputs = place(q, first + starts), place(k, first), place(v, first), gamma, weight
-    out, logsumexp = attend(Inputs(*inputs), masking, options)
+    inputs = place(q, first + starts), place(k, first), place(v, first), *numbers
+    out, logsumexp = attend(Inputs(*inputs), masking, rules)
     return cut(out, first + starts), cut(logsumexp, first + starts)

@@ -28,6 +28,8 @@ FAILED_SEEDS = Path(__file__).with_name("failed_seeds.json")
 NUM_STATIC = 96
 SHAPES_OF_EACH = 3
 LONGEST = 300
+# The static choices of seeds that failed before there were `sink_logits` and `num_global_keys`.
+WITHOUT_NEWER_OPTIONS = frozenset({20, 21, 24, 25, 28, 42, 47, 54, 59, 65})
 
 
 def static_choices(index):
@@ -56,6 +58,8 @@ def static_choices(index):
         "mask": sometimes(0.25),
         "slopes": sometimes(0.2),
         "per_head": sometimes(0.3),
+        "sink_logits": index not in WITHOUT_NEWER_OPTIONS and sometimes(0.3),
+        "global_keys": index not in WITHOUT_NEWER_OPTIONS and sometimes(0.3),
     }
 
 
@@ -72,6 +76,8 @@ def make(seed):
     if random.random() < 0.3:
         S = T
     mask_shape = [n if random.random() < 0.6 else 1 for n in (B, N, T, S)]
+    num_global_keys = min(S, int(2 ** random.uniform(0, 7)))
+    logits = np.random.default_rng([4, seed]).normal(0, 10, N).astype(np.float32)
     random = np.random.default_rng([1, seed])
     options = {name: static[name] for name in ("is_causal", "local_window_size", "origin_sink")}
     if static["lengths"]:
@@ -86,6 +92,10 @@ def make(seed):
         options["mask"] = random.random(mask_shape) < random.choice([0.1, 0.6, 0.95])
     if static["slopes"]:
         options["alibi_slopes"] = random.random(N).astype(np.float32)
+    if static["sink_logits"] and not static["origin_sink"]:
+        options["sink_logits"] = logits
+    if static["global_keys"]:
+        options["num_global_keys"] = num_global_keys
     largest = 3 if dtype == "float16" else 4  # gradients beyond 65,504 are infinite there
     case = Adversarial(
         f"seed {seed}",
@@ -110,17 +120,20 @@ def make(seed):
 def takes(implementation, seed):
     """Whether the implementation supports the case of a seed."""
     static = static_choices(seed % NUM_STATIC)
-    refused = static["dtype"] == "float32" or static["segments"] or static["mask"]
+    refused = static["dtype"] == "float32" or any(
+        static[name] for name in ("segments", "mask", "global_keys")
+    )
     return implementation != "mosaic" or not refused
 
 
 def mosaic_tiles(seed):
-    """Mosaic's tiles, drawn too: a block visits one tile of queries or three; one kernel or two."""
+    """Draws Mosaic's tiles: one or three per CTA, and one or two backward kernels."""
     from tests.harness import contract
 
     random = np.random.default_rng([3, seed % NUM_STATIC])
-    visits, two_kernels = int(random.choice([1, 3])), random.random() < 0.4
-    return contract.mosaic_tiles(static_choices(seed % NUM_STATIC)["H"], visits, two_kernels)
+    tiles_per_cta, deterministic = int(random.choice([1, 3])), random.random() < 0.4
+    head_dim = static_choices(seed % NUM_STATIC)["H"]
+    return contract.mosaic_tiles(head_dim, tiles_per_cta, deterministic)
 
 
 def violations(seed, make_program=None, implementation="triton"):

@@ -56,7 +56,6 @@ def finished_run(train_tiny):
 
 @pytest.fixture(scope="session")
 def sink_run(train_tiny):
-    """The folder of a run of 4 steps with learned γ and an origin sink. Only to be read."""
-    return train_tiny(
-        train__steps=4, model__attention__learn_gamma=True, model__attention__origin_sink=True
-    )
+    """The folder of 4 steps with learned γ, a learned sink and a register. Only to be read."""
+    model = {"attention__learn_gamma": True, "attention__sink": "learned", "num_registers": 1}
+    return train_tiny(train__steps=4, **{f"model__{key}": value for key, value in model.items()})

@@ -3,8 +3,8 @@
 python3 -m tests.harness.sanitize --tool=memcheck      (and racecheck, initcheck; Triton's kernels)
 python3 -m tests.harness.sanitize --tool=memcheck --implementation=mosaic
 
-Of Mosaic's that is the forward kernel with one tile of queries to a block, and the one backward
-kernel; then the forward kernel with three tiles to a block, and two backward kernels.
+Of Mosaic's that is the forward kernel with one tile of queries to a CTA, and the one backward
+kernel; then the forward kernel with three tiles to a CTA, and two backward kernels.
 
 Every case is run in a process of its own: python3 -m tests.harness.sanitize CASE. Every array is an
 allocation of its own, no CUDA graph hides a launch, and XLA compares no programs of its own (which
@@ -48,6 +48,7 @@ CASES = [
     cases.BY_NAME["mask_BS"],
     cases.BY_NAME["segments_causal"],
     cases.BY_NAME["everything"],
+    cases.BY_NAME["global_keys_everything"],
     cases.BY_NAME["far_keys_causal"],
     next(case for case in adversarial.CASES if case.name == "some_far"),
 ]

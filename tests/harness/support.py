@@ -10,10 +10,11 @@ HEAD = """\
 
 Written by `python -m tests.harness.support > docs/implementations.md` from the cases that the
 contract suite ([`tests/ops`](../tests/ops)) runs on each; a test keeps it up to date. The last rows
-are those of `tests/ops/test_transformations.py` and `gpu/triton/test_lowering.py`. "triton" and
-"cudnn" run on NVIDIA GPUs only; everywhere else the suite runs the kernels by Triton's interpreter,
-and cuDNN's augmented heads through `jax.nn`. What is not supported raises NotImplementedError, and
-the suite tests that too.
+are those of `tests/ops/test_transformations.py` and `gpu/triton/test_lowering.py`. What is not
+supported raises NotImplementedError, and the suite tests that too.
+
+"triton" runs on NVIDIA GPUs only; everywhere else the suite runs its kernels in Triton's
+interpreter.
 
 "mosaic" is for compute capability 9.0 and two versions of jax (`rbf_jax/ops/gpu/mosaic/passes.py`).
 Without such a GPU some of the cases run in Mosaic's interpreter
@@ -25,12 +26,11 @@ a bound, not from the largest one, so that a weight of 1 is rounded too: where a
 on one key, its output may be off by one unit of bfloat16 (not where a row sees a block of keys or
 fewer).
 
-One thing is not refused and yet wrong in "cudnn": at logits of 10⁷ (‖k‖ about 10⁴) its backward
-pass finds other weights than its forward pass, cuDNN's logsumexp being too coarse there. Measured
-on an H100, jax 0.11.2: the gradient of v is off by a quarter of its norm; everything else keeps the
-bound.
+"cudnn" computes dot products only: it requires `key_norm_weight=0`, known when tracing. The suite
+runs its cases with that λ, on NVIDIA GPUs only.
 """
 
+HEAD_DIMS = "multiples of 8 up to 256, below compute capability 9.0 up to 128"  # of cuDNN
 WHAT = {
     "array_gamma": "γ as an array, per head and differentiable",
     "two_sided_window": "`local_window_size` without `is_causal`",
@@ -38,27 +38,29 @@ WHAT = {
     "lengths": "`query_seq_lengths`, `key_value_seq_lengths`",
     "segments": "`query_segment_ids`, `key_value_segment_ids`",
     "alibi": "`alibi_slopes`",
+    "global_keys": "`num_global_keys`",
     "sink": "`origin_sink`",
+    "sink_logits": "`sink_logits`, a scalar or per head and differentiable",
     "unnormalized": "`normalize=False`",
 }
 
 
 def document() -> str:
     """Returns the Markdown of the list."""
-    others = [contract.SUBJECTS[name] for name in ("cudnn arithmetic", "xla", "reference")]
-    subjects = [contract.TRITON, contract.MOSAIC, *others]
+    plain = [contract.SUBJECTS[name] for name in ("xla", "reference")]
+    subjects = [contract.TRITON, contract.MOSAIC, contract.CUDNN, *plain]
     rows = [
-        ["supported by", *(subject.name.removesuffix(" arithmetic") for subject in subjects)],
+        ["supported by", *(subject.name for subject in subjects)],
         ["---"] * (1 + len(subjects)),
         ["dtypes", *(", ".join(subject.dtypes) for subject in subjects)],
-        ["`is_causal`, also with T ≠ S; any length; grouped heads; λ per head", *["yes"] * 5],
-        ["head dimensions", "up to 256", "up to 256", "up to 248, on some GPUs 120", "any", "any"],
+        ["`is_causal`, also with T ≠ S; grouped heads", *["yes"] * 5],
+        ["lengths", "any", "any", "even; odd if causal and T = S", "any", "any"],
+        ["λ", "any", "any", "0", "any", "any"],
+        ["head dimensions", "up to 256", "up to 256", HEAD_DIMS, "any", "any"],
     ]
     for feature, text in WHAT.items():
         rows.append([text, *("no" if feature in s.refuses else "yes" for s in subjects)])
     rows.append(["`return_residual`", *("yes" if s.logsumexp else "no" for s in subjects)])
-    huge = "gradients of v where logits reach 10⁷ (‖k‖ ≈ 10⁴)"
-    rows.append([huge, "yes", "yes", "**wrong**", "yes", "yes"])
     rows.append(["forward-mode derivatives (jvp)", "no", "no", "no", "no", "yes"])
     rows.append(["jvp of grad (Hessian-vector products)", "no", "no", "no", "yes", "yes"])
     rows.append(["grad of grad", "no", "no", "no", "no", "yes"])

@@ -25,7 +25,7 @@ def make_config(**changes):
             "positions": "susie",
             "attention": {
                 "kind": "rbf",
-                "origin_sink": False,
+                "sink": "register",
                 "dot_scale": "standard",
                 "qk_norm": False,
                 "gamma": None,

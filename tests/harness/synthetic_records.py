@@ -6,6 +6,7 @@ from configs.figures import scales
 from experiments.figure_runs import Experiment
 from rbf_jax.analysis.diagnostics import MAP_TOKENS, QUANTILES
 from rbf_jax.analysis.records import Record
+from rbf_jax.nn.config import num_registers
 
 LAYERS, HEADS = 2, 2
 STEPS = 200
@@ -23,7 +24,7 @@ def make_record(name, config, *, offset=0.0, lengths=(), diverged=(), seeds=(0, 
       seeds: of the record.
     """
     rng = np.random.default_rng(len(name))
-    n, R = len(seeds), config["model"]["num_registers"]
+    n, R = len(seeds), num_registers(config["model"])
     step = np.arange(1, STEPS + 1)
     at = np.arange(20, STEPS + 1, 20)
 

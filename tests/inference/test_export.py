@@ -19,10 +19,10 @@ SIZES = {"prompt_length": 6, "capacity": 12}
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """The folder of a model with registers, a window and a sink; and the model."""
+    """The folder of a model with registers, a window and a learned sink; and the model."""
     folder = tmp_path_factory.mktemp("exported")
     model, variables = small_model(
-        {"window": 3, "origin_sink": True}, positions="rope", num_layers=1, dtype="bfloat16"
+        {"window": 3, "sink": "learned"}, positions="rope", num_layers=1, dtype="bfloat16"
     )
     programs = export_programs(model, variables, **SIZES)
     save_model(folder, model, variables, ByteTokenizer(), SIZES)

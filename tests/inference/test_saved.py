@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -33,6 +34,15 @@ def test_the_same_logits(saved):
     assert loaded.tokenizer.encode("é") == ByteTokenizer().encode("é")
     assert json.loads((folder / "config.json").read_text())["about"] == {"step": 3}
     assert sorted(folder.iterdir()) == sorted(paths)
+
+
+def test_a_model_saved_before_there_were_sinks(saved, tmp_path):
+    folder = shutil.copytree(saved[0], tmp_path / "old")
+    content = json.loads((folder / "config.json").read_text())
+    del content["model"]["attention"]["sink"]
+    content["model"]["attention"]["origin_sink"] = False
+    (folder / "config.json").write_text(json.dumps(content))
+    assert load_model(folder).model.config == saved[1].config
 
 
 def test_parameters_have_plain_names(saved):

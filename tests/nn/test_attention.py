@@ -30,12 +30,13 @@ def _heads(kernel, x):
 CASES = {
     "registers, one call": ({}, {}, False),
     "registers, segments": ({}, {"positions": "rope"}, True),
-    "sink, segments": ({"origin_sink": True, "learn_gamma": True}, {}, True),
-    "sink, one call": ({"origin_sink": True, "learn_key_norm_weight": True}, {}, False),
+    "learned sink, segments": ({"sink": "learned", "learn_gamma": True}, {}, True),
+    "dot, learned sink": ({"kind": "dot", "sink": "learned"}, {"num_registers": None}, False),
+    "sink, one call": ({"sink": "origin", "learn_key_norm_weight": True}, {}, False),
     "alibi, window": ({"window": 2}, {"positions": "alibi"}, True),
     "dot, no registers": (
-        {"kind": "dot", "qk_norm": True},
-        {"num_registers": 0, "num_kv_heads": None},
+        {"kind": "dot", "qk_norm": True, "sink": "none"},
+        {"num_kv_heads": None},
         True,
     ),
 }
@@ -57,7 +58,7 @@ def test_sown_weights_times_values_are_the_output(case):
     (weights,) = sown["intermediates"]["attention_weights"]
     assert weights.shape == (B, 4, T, registers + T)
     assert weights.dtype == jnp.float32
-    if layer.config.attention.origin_sink:
+    if layer.config.attention.has_virtual_sink:
         assert weights.sum(-1).min() < 0.99
         assert weights.sum(-1).max() < 1 + 1e-5
     else:
@@ -105,9 +106,9 @@ def test_what_is_not_asked_for_is_not_computed():
 
 
 def test_dot_is_dot_product_attention():
-    changes = {"positions": "none", "num_registers": 0}
-    standard, x, _ = _layer({"kind": "dot"}, **changes)
-    rbf_scale, _, _ = _layer({"kind": "dot", "dot_scale": "rbf"}, **changes)
+    dot = {"kind": "dot", "sink": "none"}
+    standard, x, _ = _layer(dot, positions="none")
+    rbf_scale, _, _ = _layer({**dot, "dot_scale": "rbf"}, positions="none")
     variables = random_variables(standard, x)
     kernels = {name: value["kernel"] for name, value in variables["params"].items()}
     heads = [jnp.asarray(_heads(kernels[name], x)) for name in ("query", "key", "value")]
@@ -123,6 +124,46 @@ def test_dot_is_dot_product_attention():
     for out, attended in run(variables, heads):
         expected = np.einsum("btnh,nhd->btd", attended, kernels["out"])
         np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rbf", "dot"])
+def test_sinks_are_one_another_at_the_origin(kind):
+    """A learned sink starts as the origin sink, which a register is whose key and value are 0."""
+    layers = {
+        sink: _layer({"kind": kind, "sink": sink}, positions="none", num_registers=None)[0]
+        for sink in ("none", "origin", "learned", "register")
+    }
+    x, cotangent = normal(0, B, T, D), normal(1, B, T, D)
+    zero = jnp.zeros((B, 1, D))
+    variables = jax.tree.map(
+        lambda p: 20 * p if p.ndim > 1 else p, layers["learned"].init(jax.random.key(0), x)
+    )
+    logits = variables["params"].pop("sink_logits")
+    np.testing.assert_array_equal(logits, np.zeros(4, np.float32))
+
+    @jax.jit
+    def run(variables):
+        def learned(logits):
+            params = {**variables["params"], "sink_logits": logits}
+            return layers["learned"].apply({"params": params}, x)
+
+        out, pullback = jax.vjp(learned, logits)
+        found = {
+            "learned": out,
+            "origin": layers["origin"].apply(variables, x),
+            "register": layers["register"].apply(variables, jnp.concatenate([zero, x], axis=1))[
+                :, 1:
+            ],
+        }
+        far = learned(logits - 1e4), layers["none"].apply(variables, x)
+        return found, pullback(cotangent)[0], far
+
+    found, gradient, far = run(variables)
+    for sink in ("origin", "register"):
+        np.testing.assert_allclose(found["learned"], found[sink], atol=1e-6, err_msg=sink)
+    assert np.all(np.abs(gradient) > 1e-4)
+    np.testing.assert_allclose(*far, atol=1e-6)
+    assert np.abs(found["origin"] - far[1]).max() > 1e-2
 
 
 def test_gamma_and_lambda_start_as_configured_and_learn():
@@ -151,7 +192,7 @@ def test_gamma_and_lambda_start_as_configured_and_learn():
 
 
 def test_qk_norm_normalises_keys_per_head():
-    layer, x, _ = _layer({"qk_norm": True}, positions="none", num_registers=0)
+    layer, x, _ = _layer({"qk_norm": True, "sink": "none"}, positions="none")
     variables = random_variables(layer, x)
     variables["params"]["key_norm"] = {"scale": np.full(H, 3, np.float32)}
     apply = jax.jit(lambda v: layer.apply(v, 5 * x, mutable=["intermediates"]))

@@ -17,15 +17,22 @@ TOKENS = np.random.default_rng(3).integers(0, VOCAB, (B, LENGTH)).astype(np.int3
 CASES = {
     "susie": ({}, {"positions": "susie", "num_registers": 1}),
     "rope, window": ({"window": 2}, {"positions": "rope"}),
-    "alibi, sink": ({"origin_sink": True}, {"positions": "alibi", "num_registers": 4}),
-    "learned, QK-norm": ({"qk_norm": True}, {"positions": "learned"}),
-    "none, exclusive": ({"exclusive": True, "learn_gamma": True}, {"positions": "none"}),
-    "dot, rope": (
-        {"kind": "dot", "qk_norm": True},
-        {"positions": "rope", "num_registers": 0, "num_kv_heads": 1},
+    "alibi, sink": ({"sink": "origin"}, {"positions": "alibi", "num_registers": 4}),
+    "dot, learned, QK-norm": ({"kind": "dot", "qk_norm": True}, {"positions": "learned"}),
+    "dot, none, exclusive, sink": (
+        {"kind": "dot", "exclusive": True, "learn_gamma": True, "sink": "origin"},
+        {"positions": "none", "num_registers": None},
     ),
-    "dial, alibi, window, sink": (
-        {"window": 1, "origin_sink": True, "learn_key_norm_weight": True},
+    "dot, alibi, window, learned sink": (
+        {"kind": "dot", "window": 2, "sink": "learned"},
+        {"positions": "alibi", "num_registers": None, "num_layers": 1},
+    ),
+    "dot, rope": (
+        {"kind": "dot", "qk_norm": True, "sink": "none"},
+        {"positions": "rope", "num_kv_heads": 1},
+    ),
+    "dial, alibi, window, learned sink": (
+        {"window": 1, "sink": "learned", "learn_key_norm_weight": True},
         {"positions": "alibi", "num_kv_heads": None, "remat": True},
     ),
     "not normalised": (
@@ -37,8 +44,8 @@ CASES = {
         {"positions": "alibi", "num_registers": 2},
     ),
     "susie, window, no registers": (
-        {"window": 3, "qk_norm": True},
-        {"positions": "susie", "num_registers": 0},
+        {"window": 3, "qk_norm": True, "sink": "none"},
+        {"positions": "susie"},
     ),
 }
 

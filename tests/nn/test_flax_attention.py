@@ -108,7 +108,9 @@ def test_dtype_is_that_of_the_computation(dtype):
     assert out.dtype == (dtype or jnp.float32)
 
 
-@pytest.mark.parametrize("option", [{"origin_sink": True}, {"normalize": False}])
+@pytest.mark.parametrize(
+    "option", [{"origin_sink": True}, {"sink_logits": np.float32([1, -2])}, {"normalize": False}]
+)
 def test_linen_sows_the_weights_that_were_used(option):
     gamma = np.asarray([0.3, 0.2], np.float32)
     attention_fn = functools.partial(rbf_attention_fn, **{**OPTIONS, "gamma": gamma, **option})
@@ -167,6 +169,8 @@ def test_a_sink_without_a_denominator_raises():
     inputs = [normal(i, B, T, N, H) for i in range(3)]
     with pytest.raises(ValueError, match="origin_sink=True has no effect with normalize=False"):
         rbf_attention_fn(*inputs, normalize=False, origin_sink=True)
+    with pytest.raises(ValueError, match="sink_logits has no effect with normalize=False"):
+        rbf_attention_fn(*inputs, normalize=False, sink_logits=1.0)
 
 
 def test_wrong_mask_raises():
@@ -188,3 +192,26 @@ def test_layers_that_ask_for_dropout_raise_and_deterministic_ones_run():
     with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.1 with"):
         layer(x, deterministic=False)
     assert layer(x, deterministic=True).shape == x.shape
+
+
+def test_the_operation_itself_as_attention_fn_refuses_dropout():
+    """linen drops arguments that a signature does not name; nnx passes more than it names."""
+    x = normal(0, B, T, D)
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+
+    def run(rate, **options):
+        layer = nn.MultiHeadDotProductAttention(N, dropout_rate=rate, attention_fn=rbf_attention)
+        return jax.eval_shape(lambda: layer.init_with_output(rngs, x, **options)[0])
+
+    with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.1 with .*rbf_attention_fn"):
+        run(0.1, deterministic=False)
+    for options in ((0.1, {"deterministic": True}), (0.0, {"deterministic": False}), (0.0, {})):
+        assert run(options[0], **options[1]).shape == x.shape
+    layer = nnx.MultiHeadAttention(
+        N, D, dropout_rate=0.1, decode=False, attention_fn=rbf_attention, rngs=nnx.Rngs(0)
+    )
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dropout_rng'"):
+        layer(x, deterministic=False)
+    inputs = [normal(i, B, T, N, H) for i in range(3)]
+    with pytest.raises(NotImplementedError, match=r"dropout_rate=0\.5 with deterministic=False"):
+        rbf_attention(*inputs, dropout_rate=0.5)

@@ -30,12 +30,15 @@ def _reach(model, variables, tokens, t, **rules):
 
 CASES = {
     "susie": {},
-    "rope": {"window": 4},
-    "alibi": {"origin_sink": True},
-    "learned": {"qk_norm": True},
-    "none": {"exclusive": True},
+    "rope": {"window": 4, "sink": "none"},
+    "alibi": {"window": 4, "sink": "learned"},
+    "learned": {"qk_norm": True, "sink": "origin"},
+    "none": {"exclusive": True, "kind": "dot", "sink": "none"},
 }
-OTHERS = [("rope", {"kind": "dot"}), ("susie", {"normalize": False, "gamma": 0.05})]
+OTHERS = [
+    ("alibi", {"kind": "dot", "sink": "learned"}),
+    ("susie", {"normalize": False, "gamma": 0.05}),
+]
 
 
 @pytest.mark.parametrize(("positions", "attention"), [*CASES.items(), *OTHERS])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops import api
+from rbf_jax.ops import dispatch
 from rbf_jax.ops.gpu import device
 from rbf_jax.ops.gpu.triton import launch
 
@@ -51,6 +51,17 @@ K = jnp.ones((2, 5, 2, 8))
         ({"origin_sink": 1}, r"origin_sink=1 must be a Python bool"),
         ({"normalize": 0}, r"normalize=0 must be a Python bool"),
         ({"normalize": False, "origin_sink": True}, r"origin_sink=True has no effect with norm"),
+        ({"normalize": False, "sink_logits": 1.0}, r"sink_logits has no effect with normalize=Fa"),
+        ({"origin_sink": True, "sink_logits": 1.0}, r"origin_sink=True is sink_logits=0 and"),
+        ({"sink_logits": np.ones(3)}, r"sink_logits has shape \(3,\).* scalar .*\(N,\) = \(4,\)"),
+        ({"sink_logits": float("nan")}, r"sink_logits=nan must be finite in float32"),
+        ({"sink_logits": -float("inf")}, r"sink_logits=-inf must be finite in float32"),
+        ({"sink_logits": True}, r"sink_logits has dtype bool"),
+        ({"num_global_keys": -1}, r"num_global_keys=-1 must be an int from 0 to .* 5"),
+        ({"num_global_keys": 6}, r"num_global_keys=6 must be an int from 0 to .* 5"),
+        ({"num_global_keys": 2.0}, r"num_global_keys=2.0 must be an int"),
+        ({"num_global_keys": True}, r"num_global_keys=True must be an int"),
+        ({"scale": 0.5}, r"scale=0.5 is not taken: pass gamma = scale / 2"),
         ({"return_residual": None}, r"return_residual=None must be a Python bool"),
         ({"local_window_size": -1}, r"local_window_size=-1 must be"),
         ({"local_window_size": (1, 2, 3)}, r"local_window_size=\(1, 2, 3\) must be"),
@@ -79,6 +90,11 @@ def test_wrong_input(change, message):
         rbf_attention(**arguments)
 
 
+def test_bias_is_refused_with_advice():
+    with pytest.raises(NotImplementedError, match=r"bias, a ArrayImpl, is not supported: use mask"):
+        rbf_attention(Q, K, K, bias=jnp.zeros((6, 5)))
+
+
 def pretend_gpu(monkeypatch, capability):
     """For which there is no Triton."""
     monkeypatch.setattr(device, "unavailable", lambda: None)
@@ -99,19 +115,26 @@ def test_cudnn_by_name_never_falls_back(monkeypatch):
     [
         ({}, "supports bfloat16 and float16, not float32"),
         ({"dtype": jnp.bfloat16, "gamma": jnp.ones(4)}, "needs gamma as one number"),
-        ({"dtype": jnp.bfloat16, "mask": jnp.ones((6, 5), bool)}, "does not support mask"),
-        ({"dtype": jnp.bfloat16, "origin_sink": True}, "does not support origin_sink"),
-        ({"dtype": jnp.bfloat16, "return_residual": True}, "float32 logsumexp"),
+        ({"dtype": jnp.bfloat16, "mask": jnp.ones((6, 4), bool)}, "does not support mask"),
+        (
+            {"dtype": jnp.bfloat16, "origin_sink": True},
+            "does not support sink_logits or origin_sink",
+        ),
+        ({"dtype": jnp.bfloat16, "sink_logits": jnp.ones(4)}, "does not support sink_logits or or"),
+        ({"dtype": jnp.bfloat16, "return_residual": True}, "does not support return_residual or"),
         ({"dtype": jnp.bfloat16, "local_window_size": 3}, "together with is_causal"),
-        ({"dtype": jnp.bfloat16, "H": 128}, "head dimensions up to 120"),
+        ({"dtype": jnp.bfloat16, "key_norm_weight": 1.0}, "needs key_norm_weight=0, known when"),
+        ({"dtype": jnp.bfloat16, "key_norm_weight": jnp.zeros(4)}, "needs key_norm_weight=0"),
+        ({"dtype": jnp.bfloat16, "H": 136}, "multiples of 8 up to 128 as head dimensions, not 136"),
+        ({"dtype": jnp.bfloat16, "H": 12}, "multiples of 8 up to 128 as head dimensions, not 12"),
     ],
 )
 def test_what_cudnn_refuses_on_a_gpu(monkeypatch, change, message):
     """Each refusal names the reason and who can; the GPU is pretended, nothing is launched."""
     pretend_gpu(monkeypatch, 80)
-    change = dict(change)
+    change = {"key_norm_weight": 0.0, **change}
     dtype, H = change.pop("dtype", jnp.float32), change.pop("H", 8)
-    q, k = jnp.ones((2, 6, 4, H), dtype), jnp.ones((2, 5, 2, H), dtype)
+    q, k = jnp.ones((2, 6, 4, H), dtype), jnp.ones((2, 4, 2, H), dtype)
     with pytest.raises(NotImplementedError, match=message + ".*'xla' and 'reference' can do"):
         rbf_attention(q, k, k, implementation="cudnn", **change)
 
@@ -119,14 +142,12 @@ def test_what_cudnn_refuses_on_a_gpu(monkeypatch, change, message):
 def test_default_follows_the_platform_that_compiles(monkeypatch):
     """With a GPU the default holds cuDNN's call for CUDA, and still runs when placed on a CPU."""
     pretend_gpu(monkeypatch, 90)
-    monkeypatch.setitem(
-        api._BACKENDS,
-        "cudnn",
-        api._BACKENDS["cudnn"]._replace(attend=lambda i, m, o: (i.query, None)),
-    )
-    monkeypatch.setattr("rbf_jax.ops.cudnn.attend", lambda i, m, o: (i.query, None))
-    q, k = Q.astype(jnp.bfloat16), K.astype(jnp.bfloat16)
-    f = jax.jit(lambda q, k: rbf_attention(q, k, k))
+    pretended = dispatch.ATTENTION["cudnn"]._replace(attend=lambda i, m, r: (2 * i.query, None))
+    monkeypatch.setitem(dispatch.ATTENTION, "cudnn", pretended)
+    on_cpu = jax.device_put((Q[:, :4], K[:, :4]), jax.devices("cpu")[0])
+    q, k = (x.astype(jnp.bfloat16) for x in on_cpu)
+    f = jax.jit(lambda q, k: rbf_attention(q, k, k, key_norm_weight=0.0))
+    assert " platform_index" in str(jax.make_jaxpr(f)(q, k))
     np.testing.assert_array_equal(f(q, k), jnp.ones_like(q))  # equal values: their mean is 1
 
 
@@ -134,13 +155,13 @@ def test_choice_is_logged_once(caplog, monkeypatch):
     pretend_gpu(monkeypatch, 90)
     reason = "needs an NVIDIA GPU, and JAX's default backend is cpu"
     monkeypatch.setattr(launch, "unavailable", lambda: reason)
-    api._log_choice.cache_clear()
+    dispatch._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="rbf_jax"):
         rbf_attention(Q, K, K)
         rbf_attention(Q, K, K)
     assert [record.getMessage() for record in caplog.records] == [
         "rbf_attention: implementation=None takes 'xla': 'triton' needs an NVIDIA GPU, and JAX's "
-        "default backend is cpu; 'cudnn' supports bfloat16 and float16, not float32."
+        "default backend is cpu."
     ]
 
 

@@ -1,5 +1,6 @@
 """Attention to a cache: the operation's contract, and rings that tokens are appended to."""
 
+import dataclasses
 import functools
 
 import jax
@@ -47,7 +48,21 @@ LENGTHS_CAUSAL = cases.case(
 )
 
 
+SINKS = cases.case(
+    "sinks", T=1, S=40, N=4, K=2, per_head=True, sink_logits=cases.sinks(30, -5, 0, 2)
+)
+SINKS_CAUSAL = dataclasses.replace(
+    LENGTHS_CAUSAL,
+    name="sinks_causal",
+    options=(*LENGTHS_CAUSAL.options, ("sink_logits", cases.sinks(9, -5))),
+    N=2,
+)
+
+
 CONTRACT = [
+    (SINKS, "float32"),
+    (SINKS, "bfloat16"),
+    (SINKS_CAUSAL, "float32"),
     *((STEP, dtype) for dtype in ("float32", "bfloat16", "float16")),
     *((cases.BY_NAME["far_keys"], dtype) for dtype in ("float32", "float16")),
     (cases.BY_NAME["multi_query"], "bfloat16"),
@@ -199,5 +214,12 @@ def test_wrong_input_is_an_error():
     check("lengths has shape .* must be int32", lengths=zeros.astype(jnp.float32))
     check("num_registers=9 must be at least 0 and less than the 9 slots", num_registers=9)
     check("window=-1 must be None or at least 0", window=-1)
+    check(r"gamma=0.0 must be finite and greater than 0 in float32", gamma=0.0)
+    check(r"gamma=nan must be finite and greater than 0 in float32", gamma=float("nan"))
+    check(r"key_norm_weight=inf must be finite", key_norm_weight=np.inf)
+    check(r"alibi_slopes=.* must be finite and not negative", alibi_slopes=-SLOPES)
+    check(r"sink_logits=nan must be finite in float32", sink_logits=float("nan"))
+    check(r"sink_logits has shape \(3,\)", sink_logits=np.ones(3, np.float32))
+    check(r"origin_sink=True is sink_logits=0", origin_sink=True, sink_logits=1.0)
     check(r"gamma has shape \(3,\), but must be a scalar or have", gamma=np.ones(3, np.float32))
     check("implementation='cudnn' must be None or one of", implementation="cudnn")

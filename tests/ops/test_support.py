@@ -9,7 +9,7 @@ from rbf_jax import rbf_attention
 from rbf_jax.ops.gpu.triton import launch
 from tests.harness import cases, contract, support
 
-REFUSED = [case for case in cases.CASES if case.features & contract.CUDNN_REFUSES]
+REFUSED = [case for case in cases.CASES if case.features & contract.CUDNN.refuses]
 
 
 def test_document_is_up_to_date():
@@ -27,14 +27,14 @@ def test_every_feature_is_described():
 def test_cudnn_refuses_what_the_list_says(case, monkeypatch):
     """The GPU is pretended: nothing is launched, since the call is refused before."""
     monkeypatch.setattr(launch, "unavailable", lambda: "is not there")
-    q, k, v, gamma, key_norm_weight, *_ = case.arrays(jnp.bfloat16)
+    q, k, v, gamma, *_ = case.arrays(jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="'xla' and 'reference' can do this call"):
         rbf_attention(
             q,
             k,
             v,
             gamma=gamma,
-            key_norm_weight=key_norm_weight,
+            key_norm_weight=0.0,
             implementation="cudnn",
             **case.resolved_options(),
         )

@@ -25,7 +25,7 @@ def dot_run(corpus, tmp_path_factory):
     config.optimizer.anneal_steps = 0  # Then the control arm compiles nothing of its own.
     config.model.attention.kind = "dot"
     config.model.positions = "learned"
-    config.model.num_registers = 0
+    config.model.attention.sink = "none"
     train(config, folder)
     return folder
 
@@ -67,7 +67,7 @@ def test_what_is_lost_and_what_comes_back(corpus, dot_run, tmp_path):
 def _rbf_loss(run, config):
     """Loss at λ = 1 of the dot-product model's parameters, by hand."""
     run = load_run(run)
-    attention = AttentionConfig(kind="rbf", gamma=0.5 / math.sqrt(8))
+    attention = AttentionConfig(kind="rbf", gamma=0.5 / math.sqrt(8), sink="none")
     model = CausalLM(dataclasses.replace(run.model.config, attention=attention))
     batches = run.data.batches("valid", config.train.batch_size, shuffle=False, repeat=False)
     step = make_eval_step(model)
@@ -121,10 +121,11 @@ def test_gpt2_is_what_its_folder_says(tmp_path):
     model = model_config(arm_config(config, gpt2, "annealed", "x"), 258)
     assert (model.norm, model.use_bias, model.positions) == ("layer", True, "learned")
     assert (model.num_layers, model.d_model, model.num_heads, model.num_registers) == (2, 24, 3, 0)
+    assert model.attention.sink == "none"
     assert model.attention.gamma == pytest.approx(0.5 / math.sqrt(8))
     assert model.attention.key_norm_weight == 0
     assert model_config(arm_config(config, gpt2, "control", "x"), 258).attention == AttentionConfig(
-        kind="dot"
+        kind="dot", sink="none"
     )
     config.data.context_length = 21
     with pytest.raises(ValueError, match=r"context_length is 21; .* has 20 positions"):

@@ -65,17 +65,18 @@ def test_the_parameters_at_the_start_are_the_others(config, tmp_path, finished_r
         train(config, tmp_path)
 
 
-def test_longer_tables_of_positions_are_cut_and_a_dial_is_added(tmp_path):
+def test_longer_tables_of_positions_are_cut_and_a_dial_and_a_sink_are_added(tmp_path):
     source = open_source(write_folder(tmp_path))
     params = source.params()
     drawn = jax.tree.map(np.zeros_like, params)
     drawn["position_embedding"]["embedding"] = np.zeros((7, 24), np.float32)
-    drawn["block_0"]["attention"]["key_norm_weight"] = np.float32([0.0, 0.5, 0.25])
+    new = {"key_norm_weight": np.float32([0.0, 0.5, 0.25]), "sink_logits": np.float32([0, 1, 2])}
+    drawn["block_0"]["attention"].update(new)
     result = start_from(source, drawn, load_tokenizer(tmp_path))
     expected = source.params()
     table = expected["position_embedding"]
     table["embedding"] = table["embedding"][:7]
-    expected["block_0"]["attention"]["key_norm_weight"] = np.float32([0.0, 0.5, 0.25])
+    expected["block_0"]["attention"].update(new)
     jax.tree.map(np.testing.assert_array_equal, result, expected)
 
 

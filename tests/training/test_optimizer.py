@@ -28,7 +28,9 @@ def test_schedule_without_warmup(config):
 
 
 def test_what_decays():
-    attention = AttentionConfig(learn_gamma=True, learn_key_norm_weight=True, qk_norm=True)
+    attention = AttentionConfig(
+        learn_gamma=True, learn_key_norm_weight=True, qk_norm=True, sink="learned"
+    )
     model_config = TransformerConfig(
         *(32, 16),
         norm="layer",
@@ -52,7 +54,7 @@ def test_what_decays():
     assert {name for name, value in decays.items() if not value} == {
         *("final_norm/scale", f"{layer}/attention_norm/scale", f"{layer}/mlp_norm/scale"),
         *(f"{attention}/query_norm/scale", f"{attention}/key_norm/scale"),
-        *(f"{attention}/log_gamma", f"{attention}/key_norm_weight"),
+        *(f"{attention}/log_gamma", f"{attention}/key_norm_weight", f"{attention}/sink_logits"),
         *("registers/embedding", f"{attention}/susie/weight", f"{attention}/susie/registers"),
         *(f"{attention}/{name}/bias" for name in ("query", "key", "value", "out")),
         *(f"{layer}/attention_norm/bias", f"{layer}/mlp_norm/bias", "final_norm/bias"),

@@ -13,8 +13,11 @@ from tests.harness.models import random_variables
 T = 288
 MODELS = {
     "susie, registers": ({}, {"num_registers": 2}),
-    "rope, window": ({"window": 9}, {"positions": "rope", "num_registers": 1}),
-    "alibi, sink": ({"origin_sink": True}, {"positions": "alibi", "num_registers": 0}),
+    "dot, rope, window, learned sink": (
+        {"kind": "dot", "window": 9, "sink": "learned"},
+        {"positions": "rope", "num_registers": 1},
+    ),
+    "alibi, sink": ({"sink": "origin"}, {"positions": "alibi"}),
     "learned, not normalised": (
         {"normalize": False, "gamma": 0.05},
         {"positions": "learned", "num_registers": 1},

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from configs import base
@@ -54,6 +56,30 @@ def test_another_configuration_is_refused(tmp_path, config, other):
     ):
         pass
     assert folder.read_config().seed == 0
+
+
+@pytest.mark.parametrize(
+    ("origin_sink", "registers", "sink", "number"),
+    [(False, 1, "register", None), (False, 0, "none", None), (True, 1, "origin", 1)],
+)
+def test_a_folder_of_before_there_were_sinks_goes_on(
+    origin_sink, registers, sink, number, tmp_path, config
+):
+    """Its configuration equals today's of the same model, and is written so."""
+    config.model.attention.sink, config.model.num_registers = sink, number
+    old = config.to_dict()
+    del old["model"]["attention"]["sink"]
+    old["model"]["attention"]["origin_sink"] = origin_sink
+    old["model"]["num_registers"] = registers
+    folder = RunFolder(tmp_path)
+    folder.config.write_text(json.dumps(old))
+    folder.metrics.touch()
+    with folder.claimed(config):
+        folder.require_config(config)
+        assert folder.read_config().to_dict() == config.to_dict()
+    config.model.attention.sink, config.model.num_registers = "learned", None
+    with pytest.raises(ValueError, match=rf"sink: '{sink}' -> 'learned'"), folder.claimed(config):
+        pass
 
 
 def test_somebody_elses_folder_is_refused(tmp_path, config):

@@ -66,7 +66,9 @@ def test_sizes_that_do_not_make_up_the_devices(wanted, message):
     ],
 )
 def test_every_matrix_has_a_rule(model):
-    attention = AttentionConfig(qk_norm=True, learn_gamma=True, learn_key_norm_weight=True)
+    attention = AttentionConfig(
+        qk_norm=True, learn_gamma=True, learn_key_norm_weight=True, sink="learned"
+    )
     config = TransformerConfig(64, 16, 2, d_model=16, num_heads=4, attention=attention, **model)
     params = jax.eval_shape(CausalLM(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     mesh = SimpleNamespace(shape=sizes(1, 2, 2, 1))
@@ -79,7 +81,8 @@ def test_every_matrix_has_a_rule(model):
             # All are split over "fsdp"; over "tensor" all but what is looked up by position.
             assert "fsdp" in spec
             assert ("tensor" in spec) == (path != "position_embedding/embedding")
-    small = {"scale", "log_gamma", "key_norm_weight", "embedding", "weight", "registers"}
+    small = {"scale", "log_gamma", "key_norm_weight", "sink_logits"}
+    small |= {"embedding", "weight", "registers"}
     assert whole <= small
     assert parameter_spec("registers/embedding", (3, 16), mesh) == P()
 

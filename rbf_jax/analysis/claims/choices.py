@@ -32,7 +32,7 @@ def registers(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     labels = [_registers(record) for record in records]
     styles = [line_style(record) for record in records]
     reference = {
-        kind(r): r for r in where(records, num_registers=1, register_init="zero", origin_sink=False)
+        kind(r): r for r in where(records, sink="register", num_registers=1, register_init="zero")
     }
     losses = [
         paired.difference(r, reference[kind(r)])
@@ -190,16 +190,16 @@ def dial(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
 
 def _registers(record: Record) -> str:
     model = record.config["model"]
-    number, init = model["num_registers"], model["register_init"]
+    number, init = panels.num_registers(record), model["register_init"]
     text = "none" if number == 0 else f"{number}, {'zero' if init == 'zero' else 'random'}"
-    sink = " + sink" if model["attention"]["origin_sink"] else ""
+    learned = model["attention"]["sink"] == "learned"
+    sink = " + learned sink" if learned else " + sink" if panels.has_virtual_sink(record) else ""
     return f"{'RBF' if model['attention']['kind'] == 'rbf' else 'dot'}: {text}{sink}"
 
 
 def _sinks(record: Record) -> int:
     """How many keys are no text."""
-    model = record.config["model"]
-    return model["num_registers"] + bool(model["attention"]["origin_sink"])
+    return panels.num_registers(record) + panels.has_virtual_sink(record)
 
 
 def _even_share(record: Record) -> float:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from rbf_jax.analysis.claims.panels import (
     figure,
+    has_virtual_sink,
     kind,
     legend_above,
     line_style,
@@ -42,8 +43,8 @@ def attention_maps(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     seed, on one text.
     """
     models = [
-        (the(records, kind="rbf", num_registers=1, register_init="zero", origin_sink=False), "RBF"),
-        (the(records, kind="rbf", num_registers=0, origin_sink=True), "RBF, origin sink"),
+        (the(records, kind="rbf", sink="register", num_registers=1, register_init="zero"), "RBF"),
+        (the(records, kind="rbf", sink="origin", num_registers=0), "RBF, origin sink"),
         (the(records, kind="dot", positions="rope", register_init="normal"), "dot product, RoPE"),
     ]
     shown = [(record, name) for record, name in models if record is not None]
@@ -57,7 +58,7 @@ def attention_maps(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
             for column, head in enumerate((taken[layer].argmax(), taken[layer].argmin())):
                 axis = axes[row, 2 * layer + column]
                 weights = record.inside["attention_map"][0, layer, head]
-                _draw_map(axis, weights, record.config["model"]["attention"]["origin_sink"])
+                _draw_map(axis, weights, has_virtual_sink(record))
                 masses = f"{taken[layer, head]:.0%} | {first[layer, head]:.0%}"
                 axis.set_title(masses, fontsize=5.5, fontweight="normal", pad=1.5)
                 axis.set_xlabel(f"layer {layer}, head {head}", fontsize=5.5)
@@ -74,11 +75,11 @@ def attention_maps(records: Sequence[Record]) -> tuple[Figure, dict[str, Any]]:
     return made, numbers
 
 
-def _draw_map(axis: Axes, weights: np.ndarray, origin_sink: bool) -> None:
+def _draw_map(axis: Axes, weights: np.ndarray, sink: bool) -> None:
     """Weights (M, R + M); the sink's, what is missing to a sum of 1, is drawn as a key's."""
-    if origin_sink:
-        sink = np.clip(1 - weights.sum(-1, keepdims=True), 0, 1)
-        weights = np.concatenate([sink, weights], axis=1)
+    if sink:
+        taken = np.clip(1 - weights.sum(-1, keepdims=True), 0, 1)
+        weights = np.concatenate([taken, weights], axis=1)
     # A register is wide enough to be seen beside the line.
     registers = weights.shape[1] - len(weights)
     weights = np.repeat(weights, [_WIDTH] * registers + [1] * len(weights), axis=1)

@@ -102,7 +102,7 @@ def kernel(profile: Numbers) -> tuple[str, str]:
 
 def registers(registers: Numbers) -> tuple[str, str]:
     """Without registers training is unstable; the loss rises."""
-    none, one = registers["num_registers=0"], registers["base"]
+    none, one = registers["sink=none"], registers["base"]
     loss, spikes = none["final_difference"], none["spikes_difference"]
     first = [f"{r['first_token_mass']:.1%}" for r in (none, one)]
     even = [f"{r['even_share']:.1%}" for r in (none, one)]

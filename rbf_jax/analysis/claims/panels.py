@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from rbf_jax.analysis import paired
 from rbf_jax.analysis.records import Record
 from rbf_jax.analysis.style import PALETTE, STYLE, LineStyle, variant
+from rbf_jax.nn.config import VIRTUAL_SINKS
+from rbf_jax.nn.config import num_registers as registers_of
 
 POSITIONS = {
     "none": "none",
@@ -61,11 +63,23 @@ def positions(record: Record) -> str:
     return POSITIONS[record.config["model"]["positions"]]
 
 
+def num_registers(record: Record) -> int:
+    """R of the record's model."""
+    return registers_of(record.config["model"])
+
+
+def has_virtual_sink(record: Record) -> bool:
+    """Whether the record's model has a virtual key with value 0, "origin" or "learned"."""
+    return record.config["model"]["attention"]["sink"] in VIRTUAL_SINKS
+
+
 def where(records: Sequence[Record], **wanted: Any) -> list[Record]:
     """Those whose model has these values, by the last part of the key; attention's too."""
 
     def value(record: Record, name: str) -> Any:
         model: Mapping[str, Any] = record.config["model"]
+        if name == "num_registers":  # as it is counted, not as it is written
+            return num_registers(record)
         return model[name] if name in model else model["attention"][name]
 
     return [r for r in records if all(value(r, k) == v for k, v in wanted.items())]

@@ -1,28 +1,23 @@
 """Attention of a few new queries to a cache of keys: what each step of generation computes.
 
-`attend` validates and dispatches. An implementation is a function of a `Call` and its `Options`.
+A call to a cache is a call like any other (`call.Inputs`, `Masking`, `Rules`) with three
+conventions: keys are laid out as in the cache; the registers are its global keys, in the first
+slots; and the token at position p counts as key R + p, wherever in the ring it is. So query i is at
+position R + `starts` + i (`Masking.query_offset`), and `Masking.key_lengths` counts tokens.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from rbf_jax.ops.call import accumulation_dtype, group_heads
-from rbf_jax.ops.decode import triton
-from rbf_jax.ops.decode.cache import KeysValues, slot_positions
-from rbf_jax.ops.decode.types import Call, Options
+from rbf_jax.ops import dispatch, validate
+from rbf_jax.ops.call import Inputs, Masking, Rules, accumulation_dtype
+from rbf_jax.ops.decode.cache import KeysValues
 from rbf_jax.ops.parallel.manual_axes import vary_together
-
-_logger = logging.getLogger("rbf_jax")
 
 Implementation = Literal["triton", "xla"]
 
@@ -39,6 +34,7 @@ def attend(
     window: int | None = None,
     alibi_slopes: ArrayLike | None = None,
     origin_sink: bool = False,
+    sink_logits: ArrayLike | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """softmax_j(2γ q_i·k_j − λγ‖k_j‖²) v_j over a cache, causally, with its key norms as they are.
@@ -57,6 +53,7 @@ def attend(
       window: a query sees this many tokens back, and itself; None for all.
       alibi_slopes: (N,): adds −slope·(i − j) to the logits of tokens, not to those of registers.
       origin_sink: adds exp(0) to the denominator of every row.
+      sink_logits: scalar or (N,): adds its exponential to the denominator of every row.
       implementation: None takes the best that supports the call. "xla" is dense, for any device;
         "triton", for NVIDIA GPUs from compute capability 8.0, reads what a row may see and no more,
         and needs no memory for logits. Generation needs no gradients: those of "triton" are what
@@ -71,145 +68,27 @@ def attend(
       NotImplementedError: the implementation asked for by name cannot do this call.
     """
     _validate(query, cache, starts, lengths, num_registers, window)
-    if implementation is not None and implementation not in _BACKENDS:
-        raise ValueError(
-            f"implementation={implementation!r} must be None or one of {sorted(_BACKENDS)}."
-        )
     N, H = query.shape[2:]
     dtype = accumulation_dtype(query.dtype)
-
-    def per_head(name: str, value: ArrayLike) -> jax.Array:
-        if np.shape(value) not in ((), (N,)):
-            raise ValueError(
-                f"{name} has shape {np.shape(value)}, but must be a scalar or have (N,) = ({N},)."
-            )
-        return jnp.broadcast_to(jnp.asarray(value).astype(dtype), (N,))
-
-    call = Call(
-        query,
-        cache,
-        starts,
-        lengths,
-        per_head("gamma", 1 / math.sqrt(H) if gamma is None else gamma),
-        per_head("key_norm_weight", key_norm_weight),
-        None if alibi_slopes is None else per_head("alibi_slopes", alibi_slopes),
+    sink_logits = validate.sink(origin_sink, sink_logits, normalize=True)
+    numbers = validate.numbers(gamma, key_norm_weight, sink_logits, N, H, dtype)
+    inputs = Inputs(query, cache.key, cache.value, *numbers, key_norms=cache.key_norms)
+    masking = Masking(
+        key_lengths=lengths,
+        alibi_slopes=validate.slopes(alibi_slopes, N, dtype),
+        query_offset=num_registers + starts,
     )
-    return _dispatch(
-        implementation, vary_together(call), Options(num_registers, window, origin_sink)
+    rules = Rules(
+        left=window,
+        right=0,
+        num_global_keys=num_registers,
+        sink=sink_logits is not None,
+        return_residual=True,
     )
-
-
-def _dispatch(implementation: str | None, call: Call, options: Options):
-    """Does the call by the implementation asked for, or by the best that can."""
-    name = implementation or "triton"
-    reason = _BACKENDS[name].unsupported(call, options)
-    if implementation is None and reason is None:
-        _log_choice("takes 'triton' where the program is compiled for CUDA, else 'xla'")
-        # The program may yet be placed on the CPU (jax.default_device).
-        return jax.lax.platform_dependent(
-            call,
-            cuda=lambda call: _BACKENDS["triton"].attend(call, options),
-            default=lambda call: _BACKENDS["xla"].attend(call, options),
-        )
-    if implementation is None:
-        _log_choice(f"takes 'xla', since 'triton' {reason}")
-        return _BACKENDS["xla"].attend(call, options)
-    if reason is not None:
-        raise NotImplementedError(
-            f"implementation={implementation!r} {reason}; 'xla' can do this call."
-        )
-    return _BACKENDS[name].attend(call, options)
-
-
-@functools.cache
-def _log_choice(choice: str) -> None:
-    _logger.info("decode.attend: implementation=None %s.", choice)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _attend_triton(call: Call, options: Options) -> tuple[jax.Array, jax.Array]:
-    return triton.attend(call, options)
-
-
-def _forward_triton(call: Call, options: Options):
-    return triton.attend(call, options), call
-
-
-def _backward_triton(options: Options, call: Call, cotangents):
-    _, vjp = jax.vjp(lambda call: _attend_xla(call, options), call)
-    return vjp(cotangents)
-
-
-_attend_triton.defvjp(_forward_triton, _backward_triton)
-
-
-def _attend_xla(call: Call, options: Options) -> tuple[jax.Array, jax.Array]:
-    """One dense pass.
-
-    Keys and values are cast to float32: found by trying on two CPU cores, where products of
-    bfloat16 take several times as long, and so do keys whose heads come after their slots.
-    """
-    B, T, N, H = call.query.shape
-    K = call.cache.key.shape[1]
-    dtype = accumulation_dtype(call.query.dtype)
-    # The heads of a group and the new tokens are rows of one matrix: keys are read once for all.
-    query = jnp.moveaxis(call.query.astype(dtype).reshape(B, T, K, N // K, H), 1, 3)
-    products = _dot(query.reshape(B, K, -1, H), call.cache.key.astype(dtype), 3)
-    products = products.reshape(B, K, N // K, T, -1)
-    gamma = group_heads(call.gamma, K)
-    weight = group_heads(call.key_norm_weight, K)
-    norms = call.cache.key_norms[:, :, None, None, :]
-    logits = 2 * gamma * products - weight * gamma * norms
-    allowed, distance = _rules(call, options)
-    if call.alibi_slopes is not None:
-        logits = logits - group_heads(call.alibi_slopes, K) * distance.astype(dtype)
-    logits = jnp.where(allowed, logits, -jnp.inf)
-
-    sink = 0.0 if options.origin_sink else -jnp.inf
-    maximum = jnp.maximum(logits.max(axis=-1, keepdims=True), sink)
-    maximum = jax.lax.stop_gradient(jnp.where(jnp.isneginf(maximum), 0, maximum))
-    weights = jnp.exp(logits - maximum)
-    total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - maximum)
-    nothing = total == 0
-    total = jnp.where(nothing, 1, total)
-    logsumexp = jnp.where(nothing, -jnp.inf, maximum + jnp.log(total))[..., 0]
-    weights = weights.reshape(B, K, -1, weights.shape[-1])
-    out = _dot(weights, call.cache.value.astype(dtype), 2).reshape(B, K, -1, T, H) / total
-    out = jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
-    return out.astype(call.query.dtype), jnp.moveaxis(logsumexp, 3, 1).reshape(B, T, N)
-
-
-def _rules(call: Call, options: Options) -> tuple[jax.Array, jax.Array]:
-    """Who is seen, and how far back it is: bool and int32, (B, 1, 1, T, R+C)."""
-    T, R = call.query.shape[1], options.num_registers
-    rows = call.starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-    columns = slot_positions(call.lengths, call.cache.key.shape[2] - R)
-    distance = rows[:, :, None] - columns[:, None, :]
-    allowed = (distance >= 0) & (columns >= 0)[:, None, :]
-    if options.window is not None:
-        allowed = allowed & (distance <= options.window)
-    in_front = ((0, 0), (0, 0), (R, 0))
-    allowed = jnp.pad(allowed, in_front, constant_values=True)
-    return allowed[:, None, None], jnp.pad(distance, in_front)[:, None, None]
-
-
-def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """Contracts a's last axis with one of b's, batched over rows and heads; never in tf32."""
-    return jax.lax.dot_general(
-        a, b, (((3,), (axis,)), ((0, 1), (0, 1))), precision=jax.lax.Precision.HIGHEST
-    )
-
-
-class _Backend(NamedTuple):
-    attend: Callable[[Call, Options], tuple[jax.Array, jax.Array]]
-    # Why this call cannot be done, or None where it can.
-    unsupported: Callable[[Call, Options], str | None]
-
-
-_BACKENDS: dict[str, _Backend] = {
-    "triton": _Backend(_attend_triton, triton.unsupported),
-    "xla": _Backend(_attend_xla, lambda *_: None),
-}
+    inputs, masking = vary_together((inputs, masking))
+    out, logsumexp = dispatch.attend(implementation, inputs, masking, rules, dispatch.DECODE)
+    assert logsumexp is not None  # noqa: S101 (both implementations return it)
+    return out, logsumexp
 
 
 def _validate(query, cache, starts, lengths, num_registers, window) -> None:

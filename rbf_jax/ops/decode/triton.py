@@ -8,20 +8,20 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rbf_jax.ops.decode.types import Call, Options
-from rbf_jax.ops.gpu import device
-from rbf_jax.ops.gpu.context import override
+from rbf_jax.ops.call import Inputs, Masking, Rules
+from rbf_jax.ops.decode import xla
+from rbf_jax.ops.gpu import device, program
+from rbf_jax.ops.gpu.context import setting
+from rbf_jax.ops.gpu.program import numbers_per_head
 from rbf_jax.ops.gpu.triton import launch
 from rbf_jax.ops.gpu.triton.config import Tiles, padded_head_dim, shared_memory_limit
-from rbf_jax.ops.gpu.vmap import folding_vmap
-from rbf_jax.ops.parallel.custom_partitioning import by_batch_and_heads
 
+SUPPORTS = xla.SUPPORTS
 # Of the queries of a program; with more it runs out of registers.
 _LARGEST_QUERY_BYTES = 2**14
 # A program has at most so many keys: rows may be of different lengths, and a program that is left
@@ -62,14 +62,14 @@ class Sizes:
             raise ValueError(f"heads_at_once={self.tiles.heads_at_once} must be 1.")
 
 
-_override: contextvars.ContextVar[Sizes | None] = contextvars.ContextVar(
+_in_use: contextvars.ContextVar[Sizes | None] = contextvars.ContextVar(
     "rbf_jax_triton_decode_sizes", default=None
 )
 
 
-def override_sizes(sizes: Sizes) -> contextlib.AbstractContextManager[None]:
-    """Within this context, what is traced takes these sizes."""
-    return override(_override, sizes)
+def use_sizes(sizes: Sizes) -> contextlib.AbstractContextManager[None]:
+    """Sets the sizes of programs that are traced within this context."""
+    return setting(_in_use, sizes)
 
 
 def choose_sizes(
@@ -81,7 +81,7 @@ def choose_sizes(
     dtype: jnp.dtype,
     target: device.Target,
 ) -> Sizes:
-    """Returns the sizes where there is no override.
+    """Returns the sizes where `use_sizes` sets none.
 
     Args:
       heads: B·K.
@@ -149,83 +149,56 @@ def _num_splits(
     return next(splits for splits in costs if costs[splits] <= enough)
 
 
-def unsupported(call: Call, options: Options) -> str | None:
+def unsupported(inputs: Inputs, rules: Rules) -> str | None:
     """Returns why this call cannot be done here, as the rest of a sentence, or None if it can."""
-    del options
-    reason = launch.unsupported(call.query)
+    del rules
+    reason = launch.unsupported(inputs.query)
     if reason is not None:
         return reason
-    H, S = call.query.shape[3], call.cache.key.shape[2]
+    S, H = inputs.key.shape[2:]
     if S * H >= 2**31:
         return f"supports less than 2³¹ numbers in the keys of a head, not {S} × {H}"
     return None
-
-
-class _Full(NamedTuple):
-    """Arrays that have an entry for each element of the batch."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    key_norms: jax.Array
-    starts: jax.Array
-    lengths: jax.Array
-
-
-class _Shared(NamedTuple):
-    """Arrays whose batch axis may have size 1: (B or 1, N)."""
-
-    gamma: jax.Array
-    key_norm_weight: jax.Array
-    slopes: jax.Array | None
-
-
-# The axes of the arrays: b batch, n query heads, k key/value heads, and others.
-_ROLES = ("b.n.", "bk..", "bk..", "bk.", "b", "b", "bn", "bn", "bn")
-_RESULT_ROLES = ("b.n.", "b.n")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """All static choices of a call; hashable, since compiled programs are kept by it."""
 
-    options: Options
+    rules: Rules
     sizes: Sizes | None
     target: device.Target
 
 
-def attend(call: Call, options: Options) -> tuple[jax.Array, jax.Array]:
-    """Returns the output and the logsumexp; not differentiable."""
-    slopes = None if call.alibi_slopes is None else call.alibi_slopes[None]
-    shared = _Shared(call.gamma[None], call.key_norm_weight[None], slopes)
-    full = _Full(call.query, *call.cache, call.starts, call.lengths)
-    return _program(_Plan(options, _override.get(), device.target()), full, shared)
+def _attend(inputs: Inputs, masking: Masking, rules: Rules) -> tuple[jax.Array, jax.Array]:
+    """Returns the output and the logsumexp of a call that `decode.api` has put together."""
+    plan = _Plan(rules.for_kernels(masking), _in_use.get(), device.target())
+    return program.decode(_kernels, plan, inputs, masking)
 
 
-@functools.partial(jax.jit, static_argnames="plan")
-def _program(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.Array]:
-    def on_each_device(full, shared):
-        kernels = functools.partial(_kernels, plan)
-        return by_batch_and_heads(kernels, (full, shared), _ROLES, _RESULT_ROLES)
-
-    return folding_vmap(on_each_device)(full, shared)
+def _forward(inputs: Inputs, masking: Masking, rules: Rules):
+    return _attend(inputs, masking, rules), (inputs, masking)
 
 
-def _kernels(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.Array]:
+def _backward(rules: Rules, residuals, cotangents):
+    _, vjp = jax.vjp(lambda inputs, masking: xla.attend(inputs, masking, rules), *residuals)
+    return vjp(cotangents)
+
+
+# The gradient is that of "xla": generation needs none.
+attend = jax.custom_vjp(_attend, nondiff_argnums=(2,))
+attend.defvjp(_forward, _backward)
+
+
+def _kernels(plan: _Plan, inputs: Inputs, masking: Masking) -> tuple[jax.Array, jax.Array]:
     from rbf_jax.ops.decode import triton_kernels
-    from rbf_jax.ops.gpu.triton.tile import Rules
+    from rbf_jax.ops.gpu.triton.tile import Heads
 
-    B, T, N, H = full.query.shape
-    K, S = full.key.shape[1:3]
-    R, window = plan.options.num_registers, plan.options.window
-    rules = Rules(
-        N,
-        K,
-        H,
-        causal=True,
-        left=-1 if window is None else min(window, 2**30),
-        sink=plan.options.origin_sink,
-        slopes=shared.slopes is not None,
+    B, T, N, H = inputs.query.shape
+    K, S = inputs.key.shape[1:3]
+    R, window = plan.rules.num_global_keys, plan.rules.left
+    rules = (
+        plan.rules if window is None else dataclasses.replace(plan.rules, left=min(window, 2**30))
     )
     rows = T * N // K
     sizes = plan.sizes or choose_sizes(
@@ -233,17 +206,17 @@ def _kernels(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.
         rows=rows,
         visible=S if window is None else min(S, R + window + T),
         head_dim=H,
-        dtype=full.query.dtype,
+        dtype=inputs.query.dtype,
         target=plan.target,
     )
     splits, tiles = sizes.num_splits, sizes.tiles
-    per_head = [shared.gamma if x is None else x for x in shared]
-    sets = max(x.shape[0] for x in per_head)
-    arrays = [*full, *(jnp.broadcast_to(x, (sets, N)) for x in per_head)]
-    part_dtype = full.query.dtype if splits == 1 else jnp.float32
+    per_head, norms = numbers_per_head(inputs, masking), inputs.squared_key_norms()
+    assert masking.query_offset is not None and masking.key_lengths is not None  # noqa: S101, PT018
+    arrays = [*inputs[:3], norms, masking.query_offset, masking.key_lengths, per_head]
+    part_dtype = inputs.query.dtype if splits == 1 else jnp.float32
     out, logsumexp = launch.run(
         triton_kernels.decode_kernel,
-        [*arrays, S, N if sets > 1 else 0, splits],
+        [*arrays, S, per_head.shape[1] * N if per_head.shape[0] > 1 else 0, splits],
         [
             jax.ShapeDtypeStruct((B, T, N, splits, H), part_dtype),
             jax.ShapeDtypeStruct((B, T, N, splits), jnp.float32),
@@ -251,8 +224,8 @@ def _kernels(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.
         programs=B * K * splits * _cdiv(rows, tiles.block_q),
         constants={
             "RULES": rules,
+            "HEADS": Heads(N, K, H),
             "QUERIES": T,
-            "REGISTERS": R,
             "BLOCK_Q": tiles.block_q,
             "BLOCK_K": tiles.block_k,
             "BLOCK_H": padded_head_dim(H),
@@ -266,7 +239,7 @@ def _kernels(plan: _Plan, full: _Full, shared: _Shared) -> tuple[jax.Array, jax.
         triton_kernels.merge_kernel,
         [out, logsumexp, splits],
         [
-            jax.ShapeDtypeStruct((B, T, N, H), full.query.dtype),
+            jax.ShapeDtypeStruct((B, T, N, H), inputs.query.dtype),
             jax.ShapeDtypeStruct((B, T, N), jnp.float32),
         ],
         programs=B * T * N * _cdiv(H, block_h),

@@ -28,28 +28,27 @@ def decode_kernel(
     key_ptr,  # (B, K, S, H)
     value_ptr,  # (B, K, S, H)
     norms_ptr,  # float32 (B, K, S): ‖k‖²
-    starts_ptr,  # int32 (B,): the position of query 0
+    offsets_ptr,  # int32 (B,): R + the position of query 0
     lengths_ptr,  # int32 (B,): tokens in the cache
-    gamma_ptr,  # float32 (B or 1, N)
-    norm_weight_ptr,  # float32 (B or 1, N): λ
-    slopes_ptr,  # float32 (B or 1, N)
+    per_head_ptr,  # float32 (B or 1, 3 or 4, N): c, w, ALiBi slope and sink, times log₂e
     S,
-    per_head_stride,  # of the batch axis of the three before
+    per_head_stride,  # of the batch axis
     num_splits,
     out_ptr,  # (B, T, N, splits, H): softmax over the keys of a split
     logsumexp_ptr,  # float32 (B, T, N, splits); −∞ where a row may attend to none of them
     RULES: tl.constexpr,
+    HEADS: tl.constexpr,
     QUERIES: tl.constexpr,  # T
-    REGISTERS: tl.constexpr,  # R
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     MAX_REGISTERS: tl.constexpr,  # read by launch.py
 ):
     """One program per row of the batch, key/value head, split of the keys, tile of the rows."""
-    N: tl.constexpr = RULES.num_heads
-    K: tl.constexpr = RULES.num_kv_heads
-    H: tl.constexpr = RULES.head_dim
+    N: tl.constexpr = HEADS.num_heads
+    K: tl.constexpr = HEADS.num_kv_heads
+    H: tl.constexpr = HEADS.head_dim
+    REGISTERS: tl.constexpr = RULES.num_global_keys
     LEFT: tl.constexpr = RULES.left
     ROWS: tl.constexpr = N // K * QUERIES
     TILES: tl.constexpr = (ROWS + BLOCK_Q - 1) // BLOCK_Q
@@ -64,19 +63,18 @@ def decode_kernel(
     heads = key_head * (N // K) + tl.minimum(rows // QUERIES, N // K - 1)
     places = (batch * QUERIES + tokens) * N + heads
     query = load_rows(
-        query_ptr + (places * H)[:, None] + features[None, :], rows, ROWS, False, RULES
+        query_ptr + (places * H)[:, None] + features[None, :], rows, ROWS, False, HEADS
     )
-    places_of_heads = batch * per_head_stride + heads
-    gamma = LOG2E * tl.load(gamma_ptr + places_of_heads)
-    norm_weight = gamma * tl.load(norm_weight_ptr + places_of_heads)
-    slope = gamma
-    if RULES.slopes:
-        slope = LOG2E * tl.load(slopes_ptr + places_of_heads)
+    per_head_ptr += batch * per_head_stride + heads
+    scale, norm_weight = tl.load(per_head_ptr), tl.load(per_head_ptr + N)
+    slope = scale
+    if RULES.has_alibi:
+        slope = tl.load(per_head_ptr + 2 * N)
 
-    start, length = tl.load(starts_ptr + batch), tl.load(lengths_ptr + batch)
+    start, length = tl.load(offsets_ptr + batch) - REGISTERS, tl.load(lengths_ptr + batch)
     ring = S - REGISTERS
     first = tl.maximum(length - ring, 0)
-    if LEFT >= 0:
+    if LEFT is not None:
         first = tl.maximum(first, start - LEFT)
     first_slot = first % ring
     count = REGISTERS + tl.maximum(tl.minimum(start + QUERIES, length) - first, 0)
@@ -93,8 +91,10 @@ def decode_kernel(
     PARTS: tl.constexpr = BLOCK_K if BLOCK_K < 32 else 32
     total = tl.zeros([BLOCK_Q, PARTS], tl.float32)
     maximum = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+    sink = maximum
     if RULES.sink:  # one split has it
-        maximum = tl.where(split == 0, 0.0, maximum)
+        sink = tl.where(split == 0, tl.load(per_head_ptr + 3 * N), -float("inf"))
+        maximum = sink
     for at in tl.range(begin, stop, BLOCK_K):
         counted = at + tl.arange(0, BLOCK_K)
         here = counted < stop
@@ -106,15 +106,15 @@ def decode_kernel(
             slots = tl.where(is_register, counted, slots)
             behind = tl.where(is_register[None, :], 0, behind)
         allowed = here[None, :] & (behind >= 0)
-        if LEFT >= 0:
+        if LEFT is not None:
             allowed = allowed & (behind <= LEFT)
 
         offsets = (slots * H)[:, None] + features[None, :]
-        key = load_rows(key_ptr + offsets, counted, stop, False, RULES)
+        key = load_rows(key_ptr + offsets, counted, stop, False, HEADS)
         norms = tl.load(norms_ptr + slots, mask=here, other=0.0)
         products = tl.dot(query, tl.trans(key), input_precision="tf32x3")
-        logits = products * (2 * gamma)[:, None] - norms[None, :] * norm_weight[:, None]
-        if RULES.slopes:
+        logits = products * scale[:, None] - norms[None, :] * norm_weight[:, None]
+        if RULES.has_alibi:
             logits -= slope[:, None] * behind.to(tl.float32)
         logits = tl.where(allowed, logits, -float("inf"))
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
@@ -125,18 +125,18 @@ def decode_kernel(
         maximum = new_maximum
         parts = tl.reshape(weights, [BLOCK_Q, BLOCK_K // PARTS, PARTS])
         total = total * rescale[:, None] + tl.sum(parts, 1)
-        value = load_rows(value_ptr + offsets, counted, stop, False, RULES)
+        value = load_rows(value_ptr + offsets, counted, stop, False, HEADS)
         acc = tl.dot(
             weights.to(value.dtype), value, acc * rescale[:, None], input_precision="tf32x3"
         )
 
     total = tl.sum(total, 1)
     if RULES.sink:
-        total += tl.where(split == 0, tl.exp2(-maximum), 0.0)
+        total += tl.where(split == 0, tl.exp2(sink - maximum), 0.0)
     empty = total == 0
     places = places * num_splits + split
     out = acc / tl.where(empty, 1.0, total)[:, None]
-    store_rows(out_ptr + (places * H)[:, None] + features[None, :], out, rows, ROWS, RULES)
+    store_rows(out_ptr + (places * H)[:, None] + features[None, :], out, rows, ROWS, HEADS)
     logsumexp = tl.where(empty, -float("inf"), (maximum + tl.log2(total)) * LN2)
     tl.store(logsumexp_ptr + places, logsumexp, mask=rows < ROWS)
 

@@ -1,4 +1,4 @@
-"""Choices that hold within a context."""
+"""Settings that hold within a context."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def override(variable: contextvars.ContextVar[T], value: T) -> Iterator[None]:
-    """Within this context the variable has the value."""
+def setting(variable: contextvars.ContextVar[T], value: T) -> Iterator[None]:
+    """Sets a variable within a context."""
     token = variable.set(value)
     try:
         yield

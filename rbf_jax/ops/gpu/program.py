@@ -1,87 +1,28 @@
-"""What surrounds the kernels, Triton's and Mosaic's alike.
+"""What surrounds any kernel: key norms, filled rows, vmap, and a part for each device of a mesh.
 
-Key norms are made beforehand, once per key, by XLA, unless the caller has them. The batch is the
+XLA computes the key norms beforehand, once per key, unless the caller has them. The batch is the
 first axis of every array: vmap folds the axis that it adds into it, and each device of a mesh calls
 the kernels on its part of batch and heads.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rbf_jax.ops.call import Inputs, Masking, Options
-from rbf_jax.ops.gpu.vmap import folding_vmap
+from rbf_jax.ops.call import AXES, CACHE_AXES, Inputs, Masking, Rules
 from rbf_jax.ops.parallel import custom_partitioning
 from rbf_jax.ops.parallel.manual_axes import vary_like
-from rbf_jax.ops.vjp import Gradients, Residuals
+from rbf_jax.ops.vjp import Gradients, Passes, Residuals
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-# Rows of numbers, one per query or key, are multiples of this long (`triton.common.ALIGNMENT`).
+# Arrays with one number per query or key have rows that are a multiple of this long.
 _ALIGNMENT = 16
-
-
-class Full(NamedTuple):
-    """Arrays that have an entry for each element of the batch."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    key_norms: jax.Array  # (B, S, K)
-    query_lengths: jax.Array | None
-    key_lengths: jax.Array | None
-    query_segments: jax.Array | None
-    key_segments: jax.Array | None
-    query_offset: jax.Array | None
-
-
-class Shared(NamedTuple):
-    """Arrays whose batch axis may have size 1."""
-
-    gamma: jax.Array  # (B or 1, N)
-    key_norm_weight: jax.Array
-    slopes: jax.Array | None
-    mask: jax.Array | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CommonRules:
-    """Of the static rules of a call, which say what code kernels contain, those that all have.
-
-    Attributes:
-      causal: query i attends to keys j ≤ i.
-      sink: a virtual key at the origin with value 0.
-      slopes: ALiBi.
-      query_lengths: whether there are any.
-      key_lengths: whether there are any.
-      offset: whether positions of queries, by which causality, windows and ALiBi go, are not their
-        indices.
-    """
-
-    causal: bool = False
-    sink: bool = False
-    slopes: bool = False
-    query_lengths: bool = False
-    key_lengths: bool = False
-    offset: bool = False
-
-
-def common_rules(options: Options, full: Full, shared: Shared) -> dict[str, bool]:
-    """Those of a call, by name."""
-    return {
-        "causal": options.is_causal,
-        "sink": options.origin_sink,
-        "slopes": shared.slopes is not None,
-        "query_lengths": full.query_lengths is not None,
-        "key_lengths": full.key_lengths is not None,
-        "offset": full.query_offset is not None,
-    }
 
 
 class Rows(NamedTuple):
@@ -89,161 +30,169 @@ class Rows(NamedTuple):
 
     out: jax.Array  # (B, T, N, H)
     dout: jax.Array
-    logsumexp: jax.Array  # (B, N, T'), as the kernel left it
+    logsumexp: jax.Array  # (B, N, T'), as the forward kernel left it
     dlogsumexp: jax.Array | None  # (B, T, N)
 
 
-# The axes of an array: b batch, n query heads, k key/value heads, and others.
-_ROLES = {
-    **dict.fromkeys(("query", "out", "dout"), "b.n."),
-    **dict.fromkeys(("key", "value"), "b.k."),
-    "key_norms": "b.k",
-    **dict.fromkeys(("query_lengths", "key_lengths", "query_offset"), "b"),
-    **dict.fromkeys(("query_segments", "key_segments"), "b."),
-    **dict.fromkeys(("gamma", "key_norm_weight", "slopes"), "bn"),
-    **dict.fromkeys(("query_moment", "norm_moment"), "bn"),
-    "mask": "bn..",
-    "logsumexp": "bn.",
-    "dlogsumexp": "b.n",
-}
+# As kernels read and write them.
+_AXES = AXES | dict.fromkeys(("query_moment", "norm_moment"), "bn") | {"logsumexp": "bnt"}
+
+# Takes static choices and arrays of a part of batch and heads; arrays with a number per head are
+# (B or 1, N). Moments that it returns have a batch axis.
+ForwardKernels = Callable[[Any, Inputs, Masking], tuple[jax.Array, jax.Array]]
+BackwardKernels = Callable[[Any, Inputs, Masking, Rows], Gradients]
 
 
-def split(inputs: Inputs, masking: Masking) -> tuple[Full, Shared]:
-    """The arrays of a call, by whether they have an entry for each element of the batch."""
+def passes(
+    plan: Callable[[Rules], Any], forward_kernels: ForwardKernels, backward_kernels: BackwardKernels
+) -> Passes:
+    """Returns the passes of an implementation by kernels, whose logsumexp has base 2.
+
+    Args:
+      plan: makes what the kernels get of the rules: all static choices of a call, hashable.
+      forward_kernels: returns the output and the logsumexp, (B, N, T'), +∞ where a row may attend
+        to nothing.
+      backward_kernels: returns the gradients.
+    """
+
+    def forward(inputs: Inputs, masking: Masking, rules: Rules) -> tuple[jax.Array, jax.Array]:
+        arrays = with_batch_axis(inputs, masking)
+        static = plan(rules.for_kernels(masking))
+        return compiled(forward_kernels, static, ("out", "logsumexp"), *arrays)
+
+    def backward(
+        residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, rules: Rules
+    ) -> Gradients:
+        given = dlogsumexp if rules.return_residual else None
+        rows = Rows(residuals.out, dout, residuals.logsumexp, given)
+        arrays = with_batch_axis(residuals.inputs, residuals.masking)
+        static = plan(rules.for_kernels(residuals.masking))
+        found = Gradients(*compiled(backward_kernels, static, Gradients._fields, *arrays, rows))
+        return found._replace(
+            query_moment=found.query_moment.sum(0), norm_moment=found.norm_moment.sum(0)
+        )
+
+    return Passes(forward, backward, _natural_logsumexp, _own_logsumexp)
+
+
+def decode(
+    kernels: ForwardKernels, plan: Any, inputs: Inputs, masking: Masking
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the output and the natural logsumexp (B, T, N); the keys are in a cache."""
+    arrays = with_batch_axis(inputs, masking)
+    return compiled(kernels, plan, ("out", "logsumexp"), *arrays, in_cache=True)
+
+
+@functools.partial(jax.jit, static_argnames=("kernels", "plan", "results", "in_cache"))
+def compiled(kernels, plan, results: tuple[str, ...], *trees, in_cache: bool = False) -> Any:
+    """Runs kernels on named tuples of arrays; compiled once for each set of static arguments.
+
+    Args:
+      kernels: of the plan and the trees.
+      plan: static choices.
+      results: names of what it returns.
+      *trees: named tuples of arrays; the first array has batch and query heads.
+      in_cache: keys are laid out as in a cache, and the logsumexp is (B, T, N).
+    """
+    table = CACHE_AXES if in_cache else _AXES
+    named = [item for tree in trees for item in tree._asdict().items()]
+    letters = [table[name] for name, array in named if array is not None]
+    # What has a number per head has a batch axis in front of it, of size 1 as a rule.
+    axes = ["bn" if x == "n" else x for x in letters]
+    call = functools.partial(
+        custom_partitioning.by_batch_and_heads,
+        functools.partial(kernels, plan),
+        axes,
+        [table[name] for name in results],
+    )
+    made = _folding_vmap(call, [x in ("n", "bnts") for x in letters])(*trees)
+    return vary_like(tuple(made), trees)  # Pallas forgets over which mesh axes results vary.
+
+
+def _folding_vmap(function, shared: Sequence[bool]):
+    """Gives a function of trees a rule for vmap: the axis it adds is folded into the batch.
+
+    The batch is the first axis of all arrays; those that are `shared` may have size 1 there.
+    """
+    call = jax.custom_batching.custom_vmap(function)
+
+    @call.def_vmap
+    def rule(axis_size, in_batched, *trees):
+        arrays, structure = jax.tree.flatten(trees)
+        batched = jax.tree.leaves(in_batched)
+        batch_size = arrays[0].shape[1 if batched[0] else 0]
+
+        def fold(x, batched, is_shared):
+            if is_shared and not batched and x.shape[0] == 1:
+                return x
+            if not batched:
+                x = jnp.broadcast_to(x, (axis_size, *x.shape))
+            x = jnp.broadcast_to(x, (axis_size, batch_size, *x.shape[2:]))
+            return x.reshape(axis_size * batch_size, *x.shape[2:])
+
+        folded = map(fold, arrays, batched, shared)
+        out = call(*jax.tree.unflatten(structure, folded))
+        out = jax.tree.map(lambda x: x.reshape(axis_size, batch_size, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call
+
+
+def with_batch_axis(inputs: Inputs, masking: Masking) -> tuple[Inputs, Masking]:
+    """Gives arrays with a number per head a batch axis of size 1, and makes the key norms."""
+
+    def add_axis(x):
+        return None if x is None else x[None]
+
     query_segments, key_segments = masking.query_segments, masking.key_segments
     if query_segments is not None and key_segments is not None:
         dtype = jnp.promote_types(query_segments.dtype, key_segments.dtype)
         query_segments, key_segments = query_segments.astype(dtype), key_segments.astype(dtype)
-    full = Full(
-        *inputs[:3],
-        inputs.squared_key_norms(),
-        masking.query_lengths,
-        masking.key_lengths,
-        query_segments,
-        key_segments,
-        masking.query_offset,
+    inputs = inputs._replace(
+        gamma=inputs.gamma[None],
+        key_norm_weight=inputs.key_norm_weight[None],
+        sink_logits=add_axis(inputs.sink_logits),
+        key_norms=inputs.squared_key_norms(),
     )
-    slopes = None if masking.alibi_slopes is None else masking.alibi_slopes[None]
-    return full, Shared(inputs.gamma[None], inputs.key_norm_weight[None], slopes, masking.mask)
-
-
-def needed(options: Options) -> Options:
-    """What kernels are made for of the options: programs are kept by it."""
-    weight = options.static_key_norm_weight
-    return Options(
-        options.is_causal,
-        options.window,
-        options.origin_sink,
-        static_key_norm_weight=0.0 if weight is not None and weight <= 0 else None,
+    return inputs, masking._replace(
+        query_segments=query_segments,
+        key_segments=key_segments,
+        alibi_slopes=add_axis(masking.alibi_slopes),
     )
 
 
-def numbers_per_head(shared: Shared) -> jax.Array:
-    """2γ, λγ and the slopes, times log₂e: (B or 1, 3, N)."""
-    gamma = shared.gamma
-    slopes = jnp.zeros_like(gamma) if shared.slopes is None else shared.slopes
-    numbers = (2 * gamma, gamma * shared.key_norm_weight, slopes)
+def numbers_per_head(inputs: Inputs, masking: Masking) -> jax.Array:
+    """2γ, λγ, the ALiBi slopes and, if there are any, the sinks' logits, times log₂e.
+
+    Returns:
+      float32 (B or 1, 3 or 4, N).
+    """
+    gamma, slopes = inputs.gamma, masking.alibi_slopes
+    numbers = [2 * gamma, gamma * inputs.key_norm_weight]
+    numbers.append(jnp.zeros_like(gamma) if slopes is None else slopes)
+    if inputs.sink_logits is not None:
+        numbers.append(inputs.sink_logits)
     shape = max(x.shape[0] for x in numbers), gamma.shape[1]
     return jnp.float32(LOG2E) * jnp.stack([jnp.broadcast_to(x, shape) for x in numbers], axis=1)
 
 
-ForwardKernels = Callable[[Any, Full, Shared], tuple[jax.Array, jax.Array]]
-BackwardKernels = Callable[[Any, Full, Rows, Shared], Gradients]
-
-
-def forward(
-    kernels: ForwardKernels, plan: Any, inputs: Inputs, masking: Masking
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the output and the logsumexp as the kernels leave it.
-
-    Args:
-      kernels: what calls them, with arrays of a part of the batch and of the heads.
-      plan: its first argument, all static choices of the call, hashable.
-      inputs: of the call.
-      masking: of the call.
-    """
-    return forward_program(kernels, plan, *split(inputs, masking))
-
-
-def backward(
-    kernels: BackwardKernels,
-    plan: Any,
-    residuals: Residuals,
-    dout: jax.Array,
-    dlogsumexp: jax.Array | None,
-) -> Gradients:
-    """Returns the gradients.
-
-    Args:
-      kernels: what calls them, as in `forward`; moments of what it returns have a batch axis.
-      plan: its first argument.
-      residuals: of the forward pass.
-      dout: (B, T, N, H).
-      dlogsumexp: (B, T, N), or None where it is 0.
-    """
-    rows = Rows(residuals.out, dout, residuals.logsumexp, dlogsumexp)
-    full, shared = split(residuals.inputs, residuals.masking)
-    gradients = backward_program(kernels, plan, full, shared, rows)
-    return gradients._replace(
-        query_moment=gradients.query_moment.sum(0), norm_moment=gradients.norm_moment.sum(0)
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("kernels", "plan"))
-def forward_program(
-    kernels: ForwardKernels, plan: Any, full: Full, shared: Shared
-) -> tuple[jax.Array, jax.Array]:
-    """`forward`, compiled; kept by its static arguments."""
-
-    def on_each_device(full, shared):
-        call = functools.partial(kernels, plan)
-        return _on_each_device(call, (full, shared), ("out", "logsumexp"))
-
-    return folding_vmap(on_each_device)(full, shared)
-
-
-@functools.partial(jax.jit, static_argnames=("kernels", "plan"))
-def backward_program(
-    kernels: BackwardKernels, plan: Any, full: Full, shared: Shared, rows: Rows
-) -> Gradients:
-    """`backward` before sums over the batch, likewise."""
-
-    def on_each_device(full, shared):
-        call = functools.partial(kernels, plan)
-        return _on_each_device(call, (*full, shared), Gradients._fields)
-
-    return folding_vmap(on_each_device)((full, rows), shared)
-
-
-def _on_each_device(kernels, arguments, results):
-    """Calls kernels on named tuples of arrays, split by batch and heads where those are sharded.
-
-    Pallas forgets over which axes of a mesh results vary.
-    """
-    given = [name for group in arguments for name, x in group._asdict().items() if x is not None]
-    made = custom_partitioning.by_batch_and_heads(
-        kernels, arguments, [_ROLES[x] for x in given], [_ROLES[x] for x in results]
-    )
-    return vary_like(made, arguments)
-
-
-def natural_logsumexp(logsumexp: jax.Array, inputs: Inputs) -> jax.Array:
+def _natural_logsumexp(logsumexp: jax.Array, inputs: Inputs) -> jax.Array:
     """From base 2, (B, N, T'), +∞ where a row may attend to nothing; see `vjp.Passes`."""
     logsumexp = logsumexp[..., : inputs.query.shape[1]].swapaxes(1, 2)
     return jnp.where(jnp.isposinf(logsumexp), -jnp.inf, logsumexp * jnp.float32(LN2))
 
 
-def own_logsumexp(logsumexp: jax.Array) -> jax.Array:
-    """The inverse of `natural_logsumexp`."""
+def _own_logsumexp(logsumexp: jax.Array) -> jax.Array:
+    """The inverse of `_natural_logsumexp`."""
     logsumexp = jnp.where(jnp.isneginf(logsumexp), jnp.inf, logsumexp / jnp.float32(LN2))
     return filled(logsumexp.swapaxes(1, 2))
 
 
 def aligned(length: int) -> int:
-    """The length of a row of numbers that holds one for each query or key."""
+    """The length of a row that holds one number per query or key."""
     return -(-length // _ALIGNMENT) * _ALIGNMENT
 
 
 def filled(rows: jax.Array, size: int = _ALIGNMENT, fill: float = 0) -> jax.Array:
-    """Rows of numbers, (B, heads, length), filled to a multiple of a size."""
+    """Fills rows, (B, heads, length), up to a multiple of a size."""
     return jnp.pad(rows, [(0, 0), (0, 0), (0, -rows.shape[-1] % size)], constant_values=fill)

@@ -8,6 +8,7 @@ nothing to do with each other, whatever the mesh is and its axes are called.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+_SPLIT = re.compile("[^bnk]")  # axes that are never split
 
 
 def unsupported() -> str | None:
@@ -31,9 +34,9 @@ def unsupported() -> str | None:
 
 def by_batch_and_heads(
     function: Callable,
-    arguments: tuple,
-    argument_roles: Sequence[str],
-    result_roles: Sequence[str],
+    argument_axes: Sequence[str],
+    result_axes: Sequence[str],
+    *arguments: Any,
 ) -> Any:
     """Returns ``function(*arguments)``, each device computing its batch elements and heads.
 
@@ -42,17 +45,18 @@ def by_batch_and_heads(
 
     Args:
       function: of arrays; may be called on a part of the batch and of the heads.
-      arguments: pytrees of arrays; the first array has batch and query heads.
-      argument_roles: a letter for each axis of each array: "b" batch, "n" query heads, "k"
-        key/value heads, "." any other, which is never split. Axes of size 1 are not split either.
-      result_roles: likewise, of the results.
+      argument_axes: a letter for each axis of each array, as in `call.AXES`. "b", "n" and "k" are
+        split, the others never. Axes of size 1 are not split either.
+      result_axes: likewise, of the results.
+      *arguments: pytrees of arrays; the first array has batch and query heads.
     """
     leaves = jax.tree.leaves(arguments)
-    roles = [_split_roles(x, letters) for x, letters in zip(leaves, argument_roles)]
+    roles = [_split_roles(x, letters) for x, letters in zip(leaves, argument_axes)]
+    result_roles = [_SPLIT.sub(".", letters) for letters in result_axes]
     num_heads = math.gcd(
         *(
             size
-            for x, letters in zip(leaves, argument_roles)
+            for x, letters in zip(leaves, argument_axes)
             for size, letter in zip(x.shape, letters)
             if letter == "k" or (letter == "n" and size > 1)
         )
@@ -100,6 +104,7 @@ def _no_forward_mode(primals, tangents):
 
 
 def _split_roles(array: jax.Array, letters: str) -> str:
+    letters = _SPLIT.sub(".", letters)
     return "".join("." if size == 1 else x for size, x in zip(array.shape, letters))
 
 

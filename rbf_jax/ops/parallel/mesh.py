@@ -13,6 +13,7 @@ compiler, which splits batch and heads where the arrays are.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from rbf_jax.ops.call import Inputs, Masking, Options
+from rbf_jax.ops.call import AXES, Inputs, Masking, Rules
+from rbf_jax.ops.logits import merge
 from rbf_jax.ops.parallel.ring import Ring, ring_attention
 from rbf_jax.ops.vjp import Passes, with_custom_vjp
 
@@ -28,16 +30,6 @@ BATCH_AXES = ("data", "fsdp")
 HEAD_AXIS = "tensor"
 SEQUENCE_AXIS = "seq"
 NAMES = (*BATCH_AXES, HEAD_AXIS, SEQUENCE_AXIS)
-# The axes of each argument: b batch, n heads, t queries, s keys, and others.
-_AXES = {
-    "query": "btn.",
-    **dict.fromkeys(("key", "value"), "bsn."),
-    **dict.fromkeys(("gamma", "key_norm_weight", "alibi_slopes"), "n"),
-    **dict.fromkeys(("query_lengths", "key_lengths", "query_offset"), "b"),
-    "query_segments": "bt",
-    "key_segments": "bs",
-    "mask": "bnt.",
-}
 
 
 class Split(NamedTuple):
@@ -58,7 +50,7 @@ class Split(NamedTuple):
     ring: Ring | None
 
 
-def split_of(inputs: Inputs, options: Options) -> Split | None:
+def split_of(inputs: Inputs, rules: Rules) -> Split | None:
     """How the mesh that is set splits a call, or None if it does not.
 
     Axes of explicit type, and those of a shard_map that the call is in, are left to the caller.
@@ -81,7 +73,7 @@ def split_of(inputs: Inputs, options: Options) -> Split | None:
     if SEQUENCE_AXIS in names and 2 * (size := mesh.shape[SEQUENCE_AXIS]) <= T:
         queries, query_length = SEQUENCE_AXIS, -(-T // size) * size
         if 2 * size <= S:
-            ring = Ring.plan(SEQUENCE_AXIS, size, T, S, options)
+            ring = Ring.plan(SEQUENCE_AXIS, size, T, S, rules)
             query_length = ring.query_length
     # Kernels cannot be in a shard_map over some of the axes (`partition.unsupported`).
     if queries is None and any(size > 1 for name, size in mesh.shape.items() if name not in NAMES):
@@ -89,10 +81,10 @@ def split_of(inputs: Inputs, options: Options) -> Split | None:
     return Split(batch, heads, queries, query_length, ring)
 
 
-def lengths_at_once(inputs: Inputs, options: Options) -> tuple[int, int]:
+def lengths_at_once(inputs: Inputs, rules: Rules) -> tuple[int, int]:
     """How many queries and keys a device attends with at once, as the mesh splits the call."""
     T, S = inputs.query.shape[1], inputs.key.shape[1]
-    split = split_of(inputs, options)
+    split = split_of(inputs, rules)
     if split is None or split.queries is None:
         return T, S
     if split.ring is not None:
@@ -100,7 +92,7 @@ def lengths_at_once(inputs: Inputs, options: Options) -> tuple[int, int]:
     return split.query_length // jax.sharding.get_abstract_mesh().shape[split.queries], S
 
 
-def attend(passes: Passes, split: Split, inputs: Inputs, masking: Masking, options: Options):
+def attend(passes: Passes, split: Split, inputs: Inputs, masking: Masking, rules: Rules):
     """``attend`` of an implementation, each device doing its part.
 
     Args:
@@ -108,11 +100,13 @@ def attend(passes: Passes, split: Split, inputs: Inputs, masking: Masking, optio
       split: of `split_of`.
       inputs: of the whole call.
       masking: of the whole call.
-      options: of the call.
+      rules: of the call.
 
     Returns:
       The output and the logsumexp, of the whole call.
     """
+    if split.ring is not None and rules.num_global_keys:
+        return _global_keys_apart(passes, inputs, masking, rules)
     T = inputs.query.shape[1]
     inputs, masking = _fill_up(split, inputs, masking)
     if split.ring is not None:
@@ -121,23 +115,23 @@ def attend(passes: Passes, split: Split, inputs: Inputs, masking: Masking, optio
         local = _own_queries(split.queries, with_custom_vjp(passes))
     else:
         local = with_custom_vjp(passes)
-    axes = {"b": split.batch or None, "n": split.heads, "t": split.queries, ".": None}
+    axes = {"b": split.batch or None, "t": split.queries, ".": None}
+    axes |= {"n": split.heads, "k": split.heads}
     axes["s"] = split.queries if split.ring is not None else None
     vectors = P(axes["b"], axes["t"], axes["n"])
 
+    def spec(name, array):
+        """An axis of size 1 is not split, nor are the mask's columns: a ring wants them all."""
+        letters = AXES[name].replace("s", ".") if name == "mask" else AXES[name]
+        return P(*(axes[x] if n > 1 else None for x, n in zip(letters, array.shape)))
+
     def specs(named_tuple):
-        """Of the arrays that are there; an axis of size 1 is not split."""
-        return type(named_tuple)(
-            **{
-                name: array
-                if array is None
-                else P(*(axes[x] if n > 1 else None for x, n in zip(_AXES[name], array.shape)))
-                for name, array in named_tuple._asdict().items()
-            }
-        )
+        """Of the arrays that are there."""
+        given = {name: x for name, x in named_tuple._asdict().items() if x is not None}
+        return named_tuple._replace(**{name: spec(name, x) for name, x in given.items()})
 
     out, logsumexp = jax.shard_map(
-        lambda inputs, masking: local(inputs, masking, options),
+        lambda inputs, masking: local(inputs, masking, rules),
         in_specs=(specs(inputs), specs(masking)),
         out_specs=(vectors, vectors),
         check_vma=False,
@@ -145,20 +139,73 @@ def attend(passes: Passes, split: Split, inputs: Inputs, masking: Masking, optio
     return out[:, :T], logsumexp[:, :T]
 
 
+def _global_keys_apart(passes: Passes, inputs: Inputs, masking: Masking, rules: Rules):
+    """Attention to the global keys, which every device needs, merged with that to the others."""
+    R, B = rules.num_global_keys, inputs.query.shape[0]
+
+    def part(keys: slice, inputs, masking, rules):
+        def cut(array, axis):
+            whole = array is None or array.shape[axis] == 1
+            return array if whole else array[(slice(None),) * axis + (keys,)]
+
+        inputs = inputs._replace(
+            key=cut(inputs.key, 1), value=cut(inputs.value, 1), key_norms=cut(inputs.key_norms, 1)
+        )
+        masking = masking._replace(
+            mask=cut(masking.mask, 3), key_segments=cut(masking.key_segments, 1)
+        )
+        rules = dataclasses.replace(rules, num_global_keys=0, return_residual=True)
+        split = split_of(inputs, rules)
+        assert split is not None  # noqa: S101 (the queries are split as those of the whole call)
+        return attend(passes, split, inputs, masking, rules)
+
+    lengths, offset = masking.key_lengths, masking.query_offset
+    offset = jnp.zeros(B, jnp.int32) if offset is None else offset
+    has_others = inputs.key.shape[1] > R
+    to_global = part(
+        slice(0, R),
+        inputs._replace(sink_logits=None) if has_others else inputs,
+        masking._replace(
+            key_lengths=None if lengths is None else jnp.minimum(lengths, R),
+            query_segments=None,
+            key_segments=None,
+            alibi_slopes=None,
+        ),
+        dataclasses.replace(
+            rules,
+            left=None,
+            right=0 if rules.causal else None,
+            sink=rules.sink and not has_others,
+        ),
+    )
+    if not has_others:
+        return to_global
+    to_others = part(
+        slice(R, None),
+        inputs,
+        masking._replace(
+            key_lengths=None if lengths is None else jnp.maximum(lengths - R, 0),
+            query_offset=offset - R,
+        ),
+        rules,
+    )
+    return merge(to_global, to_others)
+
+
 def _own_queries(axis: str, attend):
     """``attend`` for a device that has a run of the queries, and all keys."""
 
-    def local(inputs: Inputs, masking: Masking, options: Options):
+    def local(inputs: Inputs, masking: Masking, rules: Rules):
         B, T = inputs.query.shape[:2]
         start = jax.lax.axis_index(axis) * T
-        if options.is_causal or options.window is not None or masking.alibi_slopes is not None:
+        if rules.left is not None or rules.right is not None or masking.alibi_slopes is not None:
             offset = 0 if masking.query_offset is None else masking.query_offset
             offset = jnp.broadcast_to(start + offset, B).astype(jnp.int32)
             masking = masking._replace(query_offset=offset)
         if masking.query_lengths is not None:
             lengths = jnp.clip(masking.query_lengths - start, 0, T)
             masking = masking._replace(query_lengths=lengths)
-        return attend(inputs, masking, options)
+        return attend(inputs, masking, rules)
 
     return local
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rbf_jax.ops.call import Inputs, Masking, Options, accumulation_dtype, squared_norms
+from rbf_jax.ops.call import Inputs, Masking, Rules, accumulation_dtype, squared_norms
 from rbf_jax.ops.vjp import Gradients, Passes, Residuals, with_custom_vjp
 
 
@@ -49,12 +49,12 @@ class Ring:
     turns: int
 
     @classmethod
-    def plan(cls, axis: str, size: int, T: int, S: int, options: Options) -> Ring:
+    def plan(cls, axis: str, size: int, T: int, S: int, rules: Rules) -> Ring:
         """The layout for T queries and S keys, which are filled up to whole chunks."""
         reach = None
-        if options.window is not None and (options.is_causal or options.window[1] == 0) and T == S:
-            reach = options.window[0]
-        chunks = 2 if options.is_causal and reach is None else 1
+        if rules.causal and rules.left is not None and T == S:
+            reach = rules.left
+        chunks = 2 if rules.causal and reach is None else 1
         query_chunk, key_chunk = (-(-length // (chunks * size)) for length in (T, S))
         turns = size if reach is None else min(size, 1 - (-reach // key_chunk))
         return cls(axis, size, chunks, query_chunk, key_chunk, turns)
@@ -129,10 +129,11 @@ class _Rows(NamedTuple):
 class _Part:
     """One device's part of a call."""
 
-    def __init__(self, ring: Ring, inputs: Inputs, masking: Masking, options: Options):
-        self.ring, self.inputs, self.masking = ring, inputs, masking
+    def __init__(self, ring: Ring, inputs: Inputs, masking: Masking, rules: Rules):
+        self.ring, self.masking = ring, masking
         # The sink is no key of any block: it is there before the first.
-        self.options = dataclasses.replace(options, origin_sink=False)
+        self.inputs = inputs._replace(sink_logits=None)
+        self.rules = dataclasses.replace(rules, sink=False)
         self.device = lax.axis_index(ring.axis)
         mask = masking.mask
         if mask is not None:
@@ -163,8 +164,10 @@ class _Part:
             return None if lengths is None else jnp.clip(lengths - first, 0, chunk)
 
         offset = None
-        if self.options.is_causal or self.options.window or masking.alibi_slopes is not None:
+        reaches = self.rules.left, self.rules.right
+        if reaches != (None, None) or masking.alibi_slopes is not None:
             offset = jnp.full(query.shape[0], first_query - first_key, jnp.int32)
+            offset += 0 if masking.query_offset is None else masking.query_offset
         return (
             row,
             column,
@@ -198,16 +201,16 @@ class _Part:
 
 
 def _forward(
-    ring: Ring, passes: Passes, inputs: Inputs, masking: Masking, options: Options
+    ring: Ring, passes: Passes, inputs: Inputs, masking: Masking, rules: Rules
 ) -> tuple[jax.Array, jax.Array]:
-    part = _Part(ring, inputs, masking, options)
+    part = _Part(ring, inputs, masking, rules)
     dtype = accumulation_dtype(inputs.query.dtype)
 
     def attend_to(turn, state, block):
         def merge(index, state):
             outs, logsumexps = state
             row, _, pair_inputs, pair_masking = part.pair(block, turn, index)
-            out, logsumexp = passes.forward(pair_inputs, pair_masking, part.options)
+            out, logsumexp = passes.forward(pair_inputs, pair_masking, part.rules)
             logsumexp = passes.natural_logsumexp(logsumexp, pair_inputs)
             total = jnp.logaddexp(logsumexps[row], logsumexp)
             finite = jnp.where(jnp.isneginf(total), 0, total)
@@ -219,7 +222,8 @@ def _forward(
 
     query = part.rows.query
     nothing = jnp.where(query == query, 0, 0).astype(dtype)  # varies as the query does
-    state = nothing, nothing[..., 0] + (0 if options.origin_sink else -jnp.inf)
+    sink = -jnp.inf if inputs.sink_logits is None else inputs.sink_logits
+    state = nothing, nothing[..., 0] + sink
     (out, logsumexp), _ = part.turns(attend_to, state, part.block)
     return ring.join(out, 1).astype(inputs.query.dtype), ring.join(logsumexp, 1)
 
@@ -230,10 +234,10 @@ def _backward(
     residuals: Residuals,
     dout: jax.Array,
     dlogsumexp: jax.Array,
-    options: Options,
+    rules: Rules,
 ) -> Gradients:
     inputs = residuals.inputs
-    part = _Part(ring, inputs, residuals.masking, options)
+    part = _Part(ring, inputs, residuals.masking, rules)
     out, logsumexp, dout, dlogsumexp = map(
         part.split, (residuals.out, residuals.logsumexp, dout, dlogsumexp)
     )
@@ -250,7 +254,7 @@ def _backward(
             row, column, pair_inputs, pair_masking = part.pair(block, turn, index)
             own_logsumexp = passes.own_logsumexp(logsumexp[row])
             given = Residuals(pair_inputs, pair_masking, out[row], own_logsumexp)
-            found = passes.backward(given, dout[row], dlogsumexp[row], part.options)
+            found = passes.backward(given, dout[row], dlogsumexp[row], part.rules)
             moments = moments[0] + found.query_moment, moments[1] + found.norm_moment
             return (
                 dquery.at[row].add(found.query.astype(dtype)),
@@ -273,7 +277,7 @@ def _backward(
 
 
 def ring_attention(ring: Ring, passes: Passes):
-    """Returns ``attend(inputs, masking, options) -> (out, logsumexp)`` of one device's part.
+    """Returns ``attend(inputs, masking, rules) -> (out, logsumexp)`` of one device's part.
 
     Args:
       ring: the layout. Inputs are the device's contiguous part of sequences of

@@ -10,10 +10,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops import xla
-from rbf_jax.ops.call import Inputs, Masking, Options
+from rbf_jax.ops.call import Inputs, Masking, Rules
 from rbf_jax.ops.decode import api as decode
 from rbf_jax.ops.decode.cache import KeysValues
+from rbf_jax.ops.dispatch import ATTENTION
 from rbf_jax.ops.gpu import device
 from rbf_jax.ops.gpu.triton import launch
 from rbf_jax.ops.parallel.custom_partitioning import by_batch_and_heads
@@ -49,13 +49,13 @@ def test_the_parts_make_the_whole(mesh, spec, N, K):
     def function(query, key, value, lengths, gamma):
         seen.append((query.shape, key.shape))
         inputs = Inputs(query, key, value, gamma[0], jnp.ones_like(gamma[0]))
-        out, logsumexp = xla.attend(inputs, Masking(key_lengths=lengths), Options())
+        out, logsumexp = ATTENTION["xla"].attend(inputs, Masking(key_lengths=lengths), Rules())
         return out, logsumexp.swapaxes(1, 2), value.sum((1, 3))
 
     roles = ["b.n.", "b.k.", "b.k.", "b", "bn"], ["b.n.", "bn.", "bk"]
 
     def attend(q, k, v, lengths, gamma):
-        return by_batch_and_heads(function, (q, k, v, lengths, gamma), *roles)
+        return by_batch_and_heads(function, *roles, q, k, v, lengths, gamma)
 
     q, k, v, _ = place(mesh, spec, N, K)
     rest = jnp.arange(B, dtype=jnp.int32) + 3, jnp.linspace(0.1, 0.6, N)[None]

@@ -1,6 +1,7 @@
 """Calls that a mesh splits, by batch, heads and sequence, held to the contract."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from rbf_jax import rbf_attention
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 from tests.harness import cases, contract
 from tests.harness.collectives import collectives, mesh_of
+from tests.harness.selected import by_default
 
 exhaustive = pytest.mark.exhaustive
 XLA = functools.partial(rbf_attention, implementation="xla")
@@ -30,6 +32,7 @@ LENGTHS = {
     "key_value_seq_lengths": lambda *_: np.array([17, 43]),
 }
 SLOPES = {"alibi_slopes": lambda B, N, T, S: np.linspace(0, 0.3, N, dtype=np.float32)}
+CAUSAL_WINDOW = {"is_causal": True, "local_window_size": 9}
 CASES = [
     cases.case("full", T=48, S=64),
     cases.case("causal", T=64, S=64, is_causal=True),
@@ -75,6 +78,43 @@ CASES = [
         **SLOPES,
         **cases.SEGMENTS,
     ),
+    cases.case(
+        "sink_logits", T=40, S=40, N=4, K=2, is_causal=True, sink_logits=cases.sinks(9, -5, 0, 2)
+    ),
+    cases.case("sink_logits_scalar", T=64, S=50, sink_logits=cases.sinks(1.5), **LENGTHS),
+    cases.case("global_keys", T=64, S=64, num_global_keys=11, **CAUSAL_WINDOW),
+    cases.case("global_keys_few_others", T=40, S=13, num_global_keys=7, **CAUSAL_WINDOW),
+    cases.case(
+        "global_keys_all",
+        T=40,
+        S=40,
+        num_global_keys=40,
+        sink_logits=cases.sinks(0, 3),
+        **CAUSAL_WINDOW,
+    ),
+    cases.case(
+        "global_keys_two_sided", T=64, S=50, num_global_keys=3, local_window_size=(9, 20), **SLOPES
+    ),
+    cases.case(
+        "global_keys_segments", T=43, S=43, num_global_keys=3, is_causal=True, **cases.SEGMENTS
+    ),
+    cases.case(
+        "global_keys_everything",
+        T=43,
+        S=43,
+        N=4,
+        K=2,
+        per_head=True,
+        is_causal=True,
+        local_window_size=(8, 0),
+        num_global_keys=5,
+        sink_logits=cases.sinks(-3, 0.5, 4, 1),
+        mask=cases.mask_over("B", "N", "T", "S"),
+        query_seq_lengths=lambda *_: np.array([40, 43]),
+        key_value_seq_lengths=lambda *_: np.array([3, 43]),
+        **SLOPES,
+        **cases.SEGMENTS,
+    ),
 ]
 
 
@@ -99,21 +139,26 @@ def test_sequences_in_16_bits(name, dtype):
     assert not violations(case, dtype, mesh_of(seq=8))
 
 
+MESHES = [
+    {"data": 2, "fsdp": 1, "tensor": 2, "seq": 2},
+    {"data": 2, "tensor": 2},
+    {"seq": 2, "another": 2},
+    {"fsdp": 2, "seq": 4},
+    {"data": 2, "another": 2},
+]
+
+
 @pytest.mark.parametrize(
-    "sizes",
-    [
-        {"data": 2, "fsdp": 1, "tensor": 2, "seq": 2},
-        {"data": 2, "tensor": 2},
-        {"seq": 2, "another": 2},
-        pytest.param({"fsdp": 2, "seq": 4}, marks=exhaustive),
-        pytest.param({"data": 2, "another": 2}, marks=exhaustive),
-    ],
+    ("name", "sizes"),
+    by_default(
+        [*(("everything", sizes) for sizes in MESHES[:3]), ("global_keys_everything", MESHES[0])],
+        itertools.product(("everything", "global_keys_everything"), MESHES),
+    ),
     ids=str,
 )
-def test_batch_and_heads_too(sizes):
-    assert not violations(
-        next(c for c in CASES if c.name == "everything"), "float32", mesh_of(**sizes)
-    )
+def test_batch_and_heads_too(name, sizes):
+    case = next(case for case in CASES if case.name == name)
+    assert not violations(case, "float32", mesh_of(**sizes))
 
 
 def test_what_does_not_divide_is_left_out():

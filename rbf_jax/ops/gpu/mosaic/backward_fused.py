@@ -2,9 +2,9 @@
 
 It makes the logits and dP once, where two kernels make them twice: 5 products, not 7. A step is one
 tile of queries per consumer. The consumers bring dSᵀ of all of them to shared memory, each that of
-its keys; then each multiplies that of one tile of queries by all keys of the block. Blocks of
-threads add their parts of Σ_j dS_ij k_j in global memory, in float32 and in any order: so the last
-bits of dq differ from run to run.
+its keys; then each multiplies that of one tile of queries by all keys of the CTA. CTAs add their
+parts of Σ_j dS_ij k_j in global memory, in float32 and in any order: so the last bits of dq differ
+from run to run.
 """
 
 from __future__ import annotations
@@ -17,15 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rbf_jax.ops.gpu.mosaic.common import Rules
-from rbf_jax.ops.gpu.mosaic.config import Tiles
-from rbf_jax.ops.gpu.mosaic.key_block import (
-    KeyBlock,
-    KeyMemory,
-    hidden,
-    memory_of,
-    results_and_grid,
-)
+from rbf_jax.ops.call import Rules
+from rbf_jax.ops.gpu.mosaic import backward_keys
+from rbf_jax.ops.gpu.mosaic.backward_keys import KeyBlock, KeyMemory, hidden, results_and_grid
+from rbf_jax.ops.gpu.mosaic.common import Lengths
+from rbf_jax.ops.gpu.mosaic.config import BLOCK_Q, BackwardTiles
 
 # No reduction goes across warps.
 _PARAMETERS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
@@ -41,53 +37,45 @@ class _Memory(NamedTuple):
 
 
 def gradients(
-    inputs: list[jax.Array], rows: list[jax.Array], *, rules: Rules, tiles: Tiles
+    inputs: list[jax.Array],
+    rows: list[jax.Array],
+    *,
+    rules: Rules,
+    true_lengths: Lengths,
+    tiles: BackwardTiles,
 ) -> tuple[jax.Array, ...]:
     """Runs the kernel.
 
     Args:
       inputs: the arrays of `forward.forward`.
-      rows: as `keys.keys` takes them.
+      rows: as `backward_keys.keys` takes them.
       rules: as in the forward pass.
-      tiles: sizes, as of `keys.keys`.
+      true_lengths: T and S of the call.
+      tiles: sizes.
 
     Returns:
-      Σ_j dS_ij k_j, float32 (B, T, N, H), and what `keys.keys` returns.
+      Σ_j dS_ij k_j, float32 (B, T, N, H), and what `backward_keys.keys` returns.
     """
     query, key = inputs[:2]
-    consumers = tiles.consumers
-    memory = _Memory(
-        dlogits=plgpu.SMEM(
-            (consumers, consumers, tiles.block_k, tiles.block_q),
-            key.dtype,
-            transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
-        ),
-        dquery=plgpu.SMEM(
-            (consumers, tiles.block_q, key.shape[-1]),
-            jnp.float32,
-            transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
-        ),
-        dlogits_written=plgpu.Barrier(num_arrivals=consumers, num_barriers=consumers),
-        dlogits_read=plgpu.Barrier(num_barriers=consumers),
-    )
-    shared = memory_of(key, tiles)
+    memory = memory_of(key, tiles)
+    first_own = 13 + len(KeyMemory._fields)
 
     def rbf_attention_gradients(*refs):
-        own = _Memory(*refs[len(refs) - len(memory) :])
-        keys_memory = KeyMemory(*refs[13 : 13 + len(shared)])
-        _Block(own, refs[9], refs[:9], refs[10:13], keys_memory, rules, tiles).run()
+        own, shared = _Memory(*refs[first_own:]), KeyMemory(*refs[13:first_own])
+        sizes = rules, true_lengths, tiles
+        _Block(own, refs[9], refs[:9], refs[10:13], shared, *sizes).run()
 
     results, grid = results_and_grid(inputs, tiles)
     mesh = plgpu.Mesh(
         grid=grid,
         grid_names=("heads", "tiles", "batch"),
-        num_threads=consumers + 1,
+        num_threads=tiles.consumers + 1,
         thread_name="warpgroup",
     )
 
     def with_memory(*refs):
         body = functools.partial(rbf_attention_gradients, *refs)
-        pl.run_scoped(body, *shared, *memory, collective_axes="warpgroup")
+        pl.run_scoped(body, *memory, collective_axes="warpgroup")
 
     call = pl.kernel(
         with_memory,
@@ -107,17 +95,37 @@ def gradients(
     return pl.run_state(run)(tuple(jnp.zeros(x.shape, x.dtype) for x in (total, *results)))
 
 
+def memory_of(key: jax.Array, tiles: BackwardTiles) -> list[Any]:
+    """Returns the types of what a CTA has in shared memory, that of `backward_keys.keys` first."""
+    consumers = tiles.consumers
+    own = _Memory(
+        dlogits=plgpu.SMEM(
+            (consumers, consumers, tiles.block_k, BLOCK_Q),
+            key.dtype,
+            transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
+        ),
+        dquery=plgpu.SMEM(
+            (consumers, BLOCK_Q, key.shape[-1]),
+            jnp.float32,
+            transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+        ),
+        dlogits_written=plgpu.Barrier(num_arrivals=consumers, num_barriers=consumers),
+        dlogits_read=plgpu.Barrier(num_barriers=consumers),
+    )
+    return [*backward_keys.memory_of(key, tiles), *own]
+
+
 class _Block(KeyBlock):
-    """A block of threads, and what its warpgroups do.
+    """A CTA, and what its warpgroups do.
 
     A warpgroup multiplies dSᵀ of its tile of a step one tile later, when the others have written
     theirs; the last one in the next step. So one is at its sums while another multiplies.
     """
 
-    def __init__(self, own: _Memory, total, arrays, outputs, memory, rules, tiles):
+    def __init__(self, own: _Memory, total, arrays, outputs, memory, rules, lengths, tiles):
         self.tiles_at_once = tiles.consumers
         self.own, self.total = own, total
-        super().__init__(arrays, outputs, memory, rules, tiles)
+        super().__init__(arrays, outputs, memory, rules, lengths, tiles)
         self.is_last = self.warpgroup == tiles.consumers - 1
 
     def step(self, count, step, head, state, whole):
@@ -144,8 +152,8 @@ class _Block(KeyBlock):
         pl.when(pending)(lambda: self._add_queries(self.steps.stop - 1, head))
 
     def _add_queries(self, step, head) -> None:
-        """Adds Σ_j dS_ij k_j of the warpgroup's tile of a step, over the keys of the block."""
-        own, size = self.own, self.tiles.block_q
+        """Adds Σ_j dS_ij k_j of the warpgroup's tile of a step, over the keys of the CTA."""
+        own, size = self.own, BLOCK_Q
         [mine] = hidden(self.warpgroup)
         plgpu.barrier_wait(own.dlogits_written.at[mine])
 

@@ -1,9 +1,9 @@
 """The backward kernel of queries.
 
-The arithmetic is that of the Triton kernels (`ops/triton/backward.py`): the weights are made again
+The arithmetic is that of the Triton kernels (`gpu/triton/backward.py`): the weights are made again
 from the logits and the logsumexp. One warpgroup loads tiles and the others compute, as in the
-forward kernel. No two blocks add to the same memory, so the result is the same, to the bit, from
-run to run. The same holds for the kernel of keys and values, `keys.py`.
+forward kernel. No two CTAs add to the same memory, so the result is the same, to the bit, from
+run to run. The same holds for the kernel of keys and values, `backward_keys.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rbf_jax.ops.gpu.mosaic.common import COLUMNS, ROWS, Rules, kernel, load, swizzled
-from rbf_jax.ops.gpu.mosaic.config import Tiles
+from rbf_jax.ops.call import Rules
+from rbf_jax.ops.gpu.mosaic.common import COLUMNS, ROWS, Lengths, kernel, load, swizzled
+from rbf_jax.ops.gpu.mosaic.config import BLOCK_Q, BackwardTiles
 from rbf_jax.ops.gpu.mosaic.query_block import QueryBlock, ring_of_keys
 from rbf_jax.ops.gpu.program import LN2
 from rbf_jax.ops.parallel.manual_axes import struct_like
@@ -40,15 +41,21 @@ class _QueriesMemory(NamedTuple):
 
 
 def queries(
-    inputs: list[jax.Array], rows: list[jax.Array], *, rules: Rules, tiles: Tiles
+    inputs: list[jax.Array],
+    rows: list[jax.Array],
+    *,
+    rules: Rules,
+    true_lengths: Lengths,
+    tiles: BackwardTiles,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the kernel for the gradient of the queries.
 
     Args:
       inputs: the arrays of `forward.forward`.
       rows: dout (B, T, N, H), the logsumexp in base 2 and δ, float32 (B, N, T'), T' a multiple of
-        the queries of a block of threads.
+        the queries of a CTA.
       rules: as in the forward pass.
+      true_lengths: T and S of the call.
       tiles: sizes.
 
     Returns:
@@ -58,17 +65,12 @@ def queries(
     B, T, N, _ = query.shape
     num_tiles = -(-T // tiles.rows)
     consumers = tiles.consumers
-    memory = _QueriesMemory(
-        query=swizzled(query, consumers, tiles.block_q),
-        dout=swizzled(query, consumers, tiles.block_q),
-        rows=plgpu.SMEM((2, consumers, tiles.block_q), jnp.float32),
-        rows_loaded=plgpu.Barrier(num_arrivals=4, num_barriers=consumers),
-        **ring_of_keys(inputs[1], tiles),
-    )
 
     def rbf_attention_queries(*refs):
         memory = _QueriesMemory(*refs[11:])
-        block = _QueriesBlock([*refs[:6], *refs[9:11]], memory, rules, tiles, num_tiles)
+        block = _QueriesBlock(
+            [*refs[:6], *refs[9:11]], memory, rules, true_lengths, tiles, num_tiles
+        )
         pl.when(block.warpgroup < consumers)(lambda: block.at(0).differentiate(refs[6:9]))
         pl.when(block.warpgroup == consumers)(block.load)
 
@@ -76,19 +78,33 @@ def queries(
         struct_like(query.shape, query.dtype, query),
         struct_like(logsumexp.shape, jnp.float32, query),
     ]
-    call = kernel(rbf_attention_queries, results, memory, (N, num_tiles, B), consumers)
+    call = kernel(
+        rbf_attention_queries, results, memory_of(query, tiles), (N, num_tiles, B), consumers
+    )
     return tuple(call(*inputs, *rows))
 
 
+def memory_of(query: jax.Array, tiles: BackwardTiles) -> _QueriesMemory:
+    """Returns the types of what a CTA has in shared memory, for queries and keys (..., H)."""
+    consumers = tiles.consumers
+    return _QueriesMemory(
+        query=swizzled(query, consumers, BLOCK_Q),
+        dout=swizzled(query, consumers, BLOCK_Q),
+        rows=plgpu.SMEM((2, consumers, BLOCK_Q), jnp.float32),
+        rows_loaded=plgpu.Barrier(num_arrivals=4, num_barriers=consumers),
+        **ring_of_keys(query, tiles),
+    )
+
+
 class _QueriesBlock(QueryBlock):
-    """A block of threads of `queries`; it loads what the forward kernel loads."""
+    """A CTA of `queries`; it loads what the forward kernel loads."""
 
     def differentiate(self, rows) -> None:
         """A warpgroup that computes: its tile of dq."""
         plgpu.set_max_registers(self.tiles.registers[0], action="increase")
         memory, mine = self.memory, self.warpgroup
         dout, logsumexp, delta = rows
-        where = pl.ds(self.first_row, self.tiles.block_q)
+        where = pl.ds(self.first_row, BLOCK_Q)
         vectors, numbers = (self.batch, where, self.head), (self.batch, self.head, where)
         loaded = memory.rows_loaded.at[mine]
         plgpu.copy_gmem_to_smem(self.query.at[vectors], memory.query.at[mine], loaded)
@@ -97,10 +113,10 @@ class _QueriesBlock(QueryBlock):
         plgpu.copy_gmem_to_smem(delta.at[numbers], memory.rows.at[1, mine], loaded)
         plgpu.barrier_wait(loaded)
         per_row = [load(memory.rows.at[i, mine], ROWS) for i in range(2)]
-        if self.rules.query_lengths:
+        if self.rules.has_query_lengths:
             inside = self.row_indices() < self.query_stop
             per_row[0] = jnp.where(inside, per_row[0], jnp.inf)
-        shape = (self.tiles.block_q, self.head_dim)
+        shape = (BLOCK_Q, self.head_dim)
         dq = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
         def section(begin, end, dq, whole):
@@ -108,7 +124,7 @@ class _QueriesBlock(QueryBlock):
                 begin, end, lambda block, dq: self._add(block, dq, per_row, whole), dq
             )
 
-        start, inner_start, inner_stop, stop = self.blocks
+        _, start, inner_start, inner_stop, stop = self.blocks
         if self.rules.left is not None:
             dq = section(start, inner_start, dq, False)
         dq = section(inner_start, inner_stop, dq, True)
@@ -127,7 +143,7 @@ class _QueriesBlock(QueryBlock):
         """Adds what a block of keys gives to Σ_j dS_ij k_j."""
         memory = self.memory
         slot = self.slot(block - self.blocks.start)
-        shape = (self.tiles.block_q, self.tiles.block_k)
+        shape = (BLOCK_Q, self.tiles.block_k)
         logsumexp, delta = (lax.broadcast_in_dim(x, shape, [0]) for x in per_row)
         plgpu.barrier_wait(memory.key_loaded.at[slot])
         norms = load(memory.norms.at[slot], COLUMNS)

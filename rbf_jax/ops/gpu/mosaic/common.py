@@ -2,53 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
+import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rbf_jax.ops.gpu.program import CommonRules
+from rbf_jax.ops.call import Rules
+from rbf_jax.ops.logits import alibi_distance, allowed_by_position
 
+_SMEM_ALIGNMENT = 1024  # of an array in shared memory
+_REDUCTIONS = 2048  # what Mosaic has for reductions across warps
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a tile of logits
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 _LOAD_WANTS_AN_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.empty
 
 
-@dataclasses.dataclass(frozen=True)
-class Rules(CommonRules):
-    """What the kernel is made for.
+class Lengths(NamedTuple):
+    """T and S of a call; the arrays of a kernel may be longer."""
 
-    Attributes:
-      num_queries: T; the arrays may be longer.
-      num_keys: S, likewise.
-      left: query i attends to keys j ≥ i − left; None for no such rule.
-      right: query i attends to keys j ≤ i + right; None for no such rule.
-      online: online softmax from the start.
-    """
-
-    num_queries: int
-    num_keys: int
-    left: int | None = None
-    right: int | None = None
-    online: bool = False
-
-
-class Blocks(NamedTuple):
-    """Which blocks of keys are visited; between the inner two every pair is allowed."""
-
-    start: jax.Array
-    inner_start: jax.Array
-    inner_stop: jax.Array
-    stop: jax.Array
+    queries: int
+    keys: int
 
 
 def kernel(body, results, memory: NamedTuple, grid: tuple[int, int, int], consumers: int):
-    """A kernel of blocks by heads, tiles and batch, each of `consumers` warpgroups and one more."""
+    """A kernel with CTAs by heads, tiles and batch, each of `consumers` warpgroups and a loader."""
     return plgpu.kernel(
         body,
         out_type=results,
@@ -73,12 +55,32 @@ def swizzled(like: jax.Array, *shape: int) -> Any:
     return plgpu.SMEM((*shape, like.shape[-1]), like.dtype, transforms=transforms)
 
 
-def extent(rules: Rules, lengths, batch: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def shared_memory(types: Iterable[Any], *, reductions: bool = True) -> int:
+    """Returns the bytes of shared memory that a CTA with these arrays and barriers asks for.
+
+    Args:
+      types: of the scratch memory.
+      reductions: the kernel reduces across warps, for which Mosaic has memory of its own.
+    """
+    total = _REDUCTIONS if reductions else 0
+    for kind in types:
+        if isinstance(kind, plgpu.Barrier):
+            number = kind.num_barriers  # an int in some versions of jax, a shape in others
+            total += 8 * (number if isinstance(number, int) else math.prod(number))
+        else:
+            size = math.prod(kind.shape) * jnp.dtype(kind.dtype).itemsize
+            total += -(-size // _SMEM_ALIGNMENT) * _SMEM_ALIGNMENT
+    return total
+
+
+def extent(
+    rules: Rules, true: Lengths, lengths, batch: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Where queries and keys of an element of the batch end, and the position of query 0."""
     return (
-        lengths[batch, 0] if rules.query_lengths else jnp.int32(rules.num_queries),
-        lengths[batch, 1] if rules.key_lengths else jnp.int32(rules.num_keys),
-        lengths[batch, 2] if rules.offset else jnp.int32(0),
+        lengths[batch, 0] if rules.has_query_lengths else jnp.int32(true.queries),
+        lengths[batch, 1] if rules.has_key_lengths else jnp.int32(true.keys),
+        lengths[batch, 2] if rules.has_offset else jnp.int32(0),
     )
 
 
@@ -92,20 +94,30 @@ def tile_indices(
     return here + first, there + second
 
 
-def near_enough(rules: Rules, allowed: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Those of the allowed pairs that causality and the window allow, by position."""
-    if rules.causal:
-        allowed &= columns <= rows
-    if rules.left is not None:
-        allowed &= columns >= rows - rules.left
-    if rules.right is not None:
-        allowed &= columns <= rows + rules.right
-    return allowed
+def with_rules(
+    logits: jax.Array,
+    rules: Rules,
+    slope: jax.Array,
+    positions: jax.Array,
+    columns: jax.Array,
+    inside: jax.Array | None,
+) -> jax.Array:
+    """Adds ALiBi to a tile of logits, and −∞ where a pair is not allowed.
 
-
-def blocks_of(length: jax.Array, size: jax.Array) -> jax.Array:
-    """How many blocks of a size hold the length."""
-    return lax.div(length + size - 1, size)
+    Args:
+      logits: the tile.
+      rules: of the call.
+      slope: of ALiBi.
+      positions: of the queries.
+      columns: positions of the keys.
+      inside: whether lengths allow a pair; None where every rule allows all of the tile.
+    """
+    if rules.has_alibi:
+        logits -= alibi_distance(rules, positions, columns) * slope
+    if inside is None:
+        return logits
+    near = allowed_by_position(rules, positions, columns)
+    return jnp.where(inside if near is None else inside & near, logits, -jnp.inf)
 
 
 def sum_of_eights(x: jax.Array) -> jax.Array:

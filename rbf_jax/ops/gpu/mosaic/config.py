@@ -1,140 +1,122 @@
-"""Sizes of the kernels' tiles, how they are chosen and how one overrides the choice."""
+"""Tile configurations of the kernels, and how they are chosen or set from outside.
+
+A CTA (thread block) has one warpgroup that loads and `CONSUMERS` that compute, each of which has
+`BLOCK_Q` queries in the kernels that go by queries and `BLOCK_K` keys in those that go by keys.
+Others were measured and were faster in one cell, by 3 % (docs/kernels.md).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import dataclasses
-from typing import Literal
 
-from rbf_jax.ops.gpu.context import override
+from rbf_jax.ops.gpu.context import setting
 
 HEAD_DIMS = (64, 128, 256)
-Kernel = Literal["forward", "queries", "keys", "gradients"]
-_LARGEST_SHARED_MEMORY = 227 * 1024  # of a block, compute capability 9.0
-_ALIGNMENT = 1024  # of an array in shared memory
-_REDUCTIONS = 2048  # what Mosaic has for reductions across warps
-_REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}
+BLOCK_Q = 64  # queries of a consumer, or of a step
+SHARED_MEMORY = 227 * 1024  # bytes that a CTA may have, compute capability 9.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Tile sizes of a kernel.
+class ForwardTiles:
+    """Configuration of the forward kernel; its two consumers take turns on the tensor cores.
 
     Attributes:
-      block_q: queries of a consumer warpgroup, a multiple of 64.
-      block_k: keys of a step, a multiple of 64 up to 256.
+      block_k: keys of a step: 64, 128, 192 or 256.
       stages: tiles of keys and values in shared memory, at least 2.
-      consumers: warpgroups that compute, 1 to 3; one more loads.
-      pingpong: two consumers take turns, one in its softmax while the other multiplies.
-      visits: tiles of queries that a block of threads of the forward pass computes one after the
-        other, so that the next one's loads hide the last one's end.
-      one_kernel: the backward pass is one kernel, whose dq differs in the last bits from run to
-        run, and not two.
+      tiles_per_cta: query tiles that each CTA processes in sequence, so that the loads of the next
+        one overlap the end of the last.
     """
 
-    block_q: int = 64
     block_k: int = 128
     stages: int = 2
-    consumers: int = 2
-    pingpong: bool = True
-    visits: int = 1
-    one_kernel: bool = False
+    tiles_per_cta: int = 1
 
     def __post_init__(self):
-        if self.block_q < 64 or self.block_q % 64:
-            raise ValueError(f"block_q={self.block_q} must be a multiple of 64.")
         if self.block_k not in (64, 128, 192, 256):
-            raise ValueError(f"block_k={self.block_k} must be a multiple of 64 up to 256.")
-        if self.stages < 2:
-            raise ValueError(f"stages={self.stages} must be at least 2.")
-        if self.consumers not in _REGISTERS:
-            raise ValueError(f"consumers={self.consumers} must be one of {sorted(_REGISTERS)}.")
-        if self.visits < 1:
-            raise ValueError(f"visits={self.visits} must be at least 1.")
-        if self.pingpong and self.consumers != 2:
-            raise ValueError(
-                f"pingpong={self.pingpong} requires consumers=2, not {self.consumers}."
-            )
-        # A lone warpgroup would wait for products that it does itself, a step later.
-        if self.one_kernel and self.consumers == 1:
-            raise ValueError(
-                f"one_kernel={self.one_kernel} requires consumers of at least 2, not 1."
-            )
+            raise ValueError(f"block_k={self.block_k} must be 64, 128, 192 or 256.")
+        _require_at_least("stages", self.stages, 2)
+        _require_at_least("tiles_per_cta", self.tiles_per_cta, 1)
+
+    consumers = 2
+    registers = (232, 40)  # of a thread that computes, and of one that loads
 
     @property
     def rows(self) -> int:
-        """Queries of a block of threads."""
-        return self.block_q * self.consumers
+        """Queries of one tile of a CTA."""
+        return BLOCK_Q * self.consumers
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTiles:
+    """Configuration of the backward kernels.
+
+    Attributes:
+      stages: tiles of keys and values, or of queries and their gradients, in shared memory, at
+        least 2.
+      consumers: warpgroups that compute, 1 or 2.
+      fused: one kernel computes all gradients; it adds up dq in float32 in any order, so that its
+        last bits differ from run to run. Else two kernels, whose results are the same to the bit.
+    """
+
+    stages: int = 2
+    consumers: int = 2
+    fused: bool = False
+
+    def __post_init__(self):
+        _require_at_least("stages", self.stages, 2)
+        if self.consumers not in (1, 2):
+            raise ValueError(f"consumers={self.consumers} must be 1 or 2.")
+        if self.fused and self.consumers == 1:  # it would wait for products of its own next step
+            raise ValueError(f"fused={self.fused} requires consumers=2, not 1.")
+
+    block_k = 64  # keys of a consumer, or of a step
+    tiles_per_cta = 1
+
+    @property
+    def rows(self) -> int:
+        """Queries of a CTA in the kernel that goes by queries."""
+        return BLOCK_Q * self.consumers
 
     @property
     def keys(self) -> int:
-        """Keys of a block of threads, where consumers share them."""
+        """Keys of a CTA in the kernels that go by keys."""
         return self.block_k * self.consumers
 
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that computes, and of one that loads."""
-        return (240, 24) if self.one_kernel and self.consumers == 2 else _REGISTERS[self.consumers]
-
-    @property
-    def backward_kernels(self) -> tuple[Kernel, ...]:
-        """Which kernels the backward pass is."""
-        return ("gradients",) if self.one_kernel else ("queries", "keys")
-
-    def shared_memory(self, kernel: Kernel, head_dim: int) -> int:
-        """Bytes of shared memory that a block of threads of a kernel asks for."""
-        by_keys = kernel in ("keys", "gradients")
-        kept = self.keys if by_keys else self.rows
-        moving = self.stages * (self.block_q if by_keys else self.block_k)
-        buffers = min(self.visits, 2) if kernel == "forward" else 2
-        vectors = [kept] * buffers + [moving] * 2
-        numbers = [kept, 2 * moving] if by_keys else [2 * kept, moving]
-        if kernel == "forward":
-            numbers = [kept, kept, moving, self.visits * self.consumers]
-        arrays = [2 * head_dim * x for x in vectors] + [4 * x for x in numbers]
-        barriers = self.consumers + 4 * self.stages
-        if kernel == "forward":
-            barriers += 2
-        if kernel == "gradients":
-            barriers += 2 * self.consumers
-            arrays += [2 * self.keys * self.rows, 4 * self.rows * head_dim]
-        reductions = 0 if kernel == "gradients" else _REDUCTIONS
-        return sum(-(-x // _ALIGNMENT) * _ALIGNMENT for x in arrays) + 8 * barriers + reductions
-
-    def fits(self, kernel: Kernel, head_dim: int) -> bool:
-        """Whether an H100 has the shared memory."""
-        return self.shared_memory(kernel, head_dim) <= _LARGEST_SHARED_MEMORY
+        return (240, 24) if self.fused else {1: (240, 40), 2: (232, 40)}[self.consumers]
 
 
-_overrides: contextvars.ContextVar[tuple[Tiles | None, Tiles | None]] = contextvars.ContextVar(
-    "rbf_jax_mosaic_tiles", default=(None, None)
+def _require_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}.")
+
+
+_in_use: contextvars.ContextVar[tuple[ForwardTiles | None, BackwardTiles | None]] = (
+    contextvars.ContextVar("rbf_jax_mosaic_tiles", default=(None, None))
 )
 
 
-def override_tiles(
-    forward: Tiles | None = None, backward: Tiles | None = None
+def use_tiles(
+    forward: ForwardTiles | None = None, backward: BackwardTiles | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    """Within it, the kernels of programs that are traced have these tiles; None: as before.
-
-    Raises:
-      ValueError: the backward pass is to visit several tiles, which only the forward pass does.
-    """
-    if backward is not None and backward.visits > 1:
-        raise ValueError(f"backward has visits={backward.visits}, which must be 1.")
-    old_forward, old_backward = _overrides.get()
-    return override(_overrides, (forward or old_forward, backward or old_backward))
+    """Sets the tiles of programs that are traced within this context; None leaves them alone."""
+    old_forward, old_backward = _in_use.get()
+    return setting(_in_use, (forward or old_forward, backward or old_backward))
 
 
-def overridden() -> tuple[Tiles | None, Tiles | None]:
-    """The tiles of the forward and of the backward pass by `override_tiles`, if any."""
-    return _overrides.get()
+def tiles_in_use() -> tuple[ForwardTiles | None, BackwardTiles | None]:
+    """The tiles of the forward and of the backward pass that `use_tiles` has set, if any."""
+    return _in_use.get()
 
 
 def choose(
     head_dim: int, plain: bool, length: int, num_heads: int, num_multiprocessors: int = 132
-) -> Tiles:
-    """For the forward pass, by `python -m experiments.bench_mosaic` on an H100 and an H200.
+) -> ForwardTiles:
+    """Returns the forward tiles that `python -m experiments.bench_mosaic` found on H100 and H200.
 
     Args:
       head_dim: one of `HEAD_DIMS`.
@@ -142,22 +124,22 @@ def choose(
         step may be longer.
       length: T.
       num_heads: B·N.
-      num_multiprocessors: of the GPU; each holds one block of threads.
+      num_multiprocessors: of the GPU; each holds one CTA.
     """
-    tiles = Tiles(block_k={64: 256 if plain else 128, 128: 128, 256: 64}[head_dim])
-    visits = _most_visits(head_dim, plain, length)
+    tiles = ForwardTiles(block_k={64: 256 if plain else 128, 128: 128, 256: 64}[head_dim])
+    tiles_per_cta = _most_tiles_per_cta(head_dim, plain, length)
 
-    def turns(visits: int) -> int:
-        """Tiles of queries that the busiest multiprocessor computes."""
-        blocks = num_heads * -(-length // (tiles.rows * visits))
-        return visits * -(-blocks // num_multiprocessors)
+    def turns(tiles_per_cta: int) -> int:
+        """Query tiles that the busiest multiprocessor computes."""
+        ctas = num_heads * -(-length // (tiles.rows * tiles_per_cta))
+        return tiles_per_cta * -(-ctas // num_multiprocessors)
 
-    while turns(visits) > turns(1):
-        visits //= 2
-    return dataclasses.replace(tiles, visits=visits)
+    while turns(tiles_per_cta) > turns(1):
+        tiles_per_cta //= 2
+    return dataclasses.replace(tiles, tiles_per_cta=tiles_per_cta)
 
 
-def _most_visits(head_dim: int, plain: bool, length: int) -> int:
+def _most_tiles_per_cta(head_dim: int, plain: bool, length: int) -> int:
     """The fastest, or within 4 % of it, where all multiprocessors have tiles (docs/kernels.md).
 
     Windows and online softmax were not measured: they go by causality.
@@ -169,15 +151,13 @@ def _most_visits(head_dim: int, plain: bool, length: int) -> int:
     return 2 if plain else 1
 
 
-def choose_backward(head_dim: int, *, two_kernels: bool = False) -> Tiles:
-    """For the backward pass, likewise.
+def choose_backward(head_dim: int, *, deterministic: bool = False) -> BackwardTiles:
+    """Returns the backward tiles, likewise.
 
     Args:
       head_dim: one of `HEAD_DIMS`.
-      two_kernels: not the one that adds to memory which other blocks of threads add to.
+      deterministic: no CTAs may add to the same memory, so that there are two kernels.
     """
-    if head_dim <= 128 and not two_kernels:
-        stages = 3 if head_dim == 64 else 2
-        return Tiles(block_k=64, stages=stages, pingpong=False, one_kernel=True)
-    consumers = 2 if head_dim <= 128 else 1
-    return Tiles(block_k=64, consumers=consumers, pingpong=False)
+    if head_dim <= 128 and not deterministic:
+        return BackwardTiles(stages=3 if head_dim == 64 else 2, fused=True)
+    return BackwardTiles(consumers=2 if head_dim <= 128 else 1)

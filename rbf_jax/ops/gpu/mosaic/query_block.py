@@ -1,4 +1,4 @@
-"""A block of threads that has tiles of queries: the keys that it visits, and their loading."""
+"""A CTA that has tiles of queries: which keys it visits, and how it loads them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rbf_jax.ops.gpu.mosaic.common import (
-    ROWS,
-    Blocks,
-    Rules,
-    blocks_of,
-    extent,
-    near_enough,
-    swizzled,
-    tile_indices,
-)
-from rbf_jax.ops.gpu.mosaic.config import Tiles
+from rbf_jax.ops.call import Rules
+from rbf_jax.ops.gpu.mosaic.common import ROWS, Lengths, extent, swizzled, tile_indices, with_rules
+from rbf_jax.ops.gpu.mosaic.config import BLOCK_Q, BackwardTiles, ForwardTiles
+from rbf_jax.ops.logits import Blocks, visible_keys
+
+Tiles = ForwardTiles | BackwardTiles
 
 
 def ring_of_keys(key: jax.Array, tiles: Tiles) -> dict[str, Any]:
@@ -39,92 +34,80 @@ def ring_of_keys(key: jax.Array, tiles: Tiles) -> dict[str, Any]:
 
 
 class QueryBlock:
-    """What a block of threads knows, and its warpgroup that loads keys, their norms and values.
+    """What a CTA knows, and its warpgroup that loads keys, their norms and values.
 
-    The others, which compute, differ by kernel. The block visits one tile of queries after the
+    The others, which compute, differ by kernel. The CTA processes one tile of queries after the
     other; `at` adds what is known of one.
     """
 
-    visit: jax.Array | int
+    tile: jax.Array | int  # 0, 1, … among those of the CTA
     buffer: jax.Array | int  # in which the tile's queries are
     first_row: jax.Array  # of those that are the warpgroup's
     blocks: Blocks
     steps: jax.Array
 
-    def __init__(self, arrays, memory: Any, rules: Rules, tiles: Tiles, num_blocks: int):
-        self.query, self.key, self.value, self.norms, per_head, lengths = arrays[:6]
+    def __init__(
+        self, arrays, memory: Any, rules: Rules, lengths: Lengths, tiles: Tiles, num_ctas: int
+    ):
+        self.query, self.key, self.value, self.norms, per_head, ends = arrays[:6]
         self.out, self.logsumexp = arrays[6:]
-        self.memory, self.rules, self.tiles = memory, rules, tiles
+        self.memory, self.rules, self.lengths, self.tiles = memory, rules, lengths, tiles
         self.head_dim = self.query.shape[-1]
         self.warpgroup = lax.axis_index("warpgroup")
         self.batch, self.head = lax.axis_index("batch"), lax.axis_index("heads")
         group = self.query.shape[2] // self.key.shape[2]
         self.key_head = lax.div(self.head, jnp.int32(group))
-        self.num_blocks = num_blocks
-        self.query_stop, self.key_stop, self.offset = extent(rules, lengths, self.batch)
+        self.num_ctas = num_ctas
+        self.query_stop, self.key_stop, self.offset = extent(rules, lengths, ends, self.batch)
         batch = self.batch if per_head.shape[0] > 1 else 0
-        self.numbers = [per_head.at[batch, i, self.head] for i in range(3)]
+        self.numbers = [per_head.at[batch, i, self.head] for i in range(per_head.shape[1])]
 
-    def at(self, visit: jax.Array | int) -> Self:
-        """The block at its tile of queries of that number."""
+    def at(self, tile: jax.Array | int) -> Self:
+        """The CTA at its tile of queries of that number."""
         here = copy.copy(self)
-        here.visit = visit
-        here.buffer = lax.rem(visit, 2) if self.tiles.visits > 1 else 0
-        first = self._tile(visit) * self.tiles.rows
-        here.first_row = first + self.warpgroup * self.tiles.block_q
+        here.tile = tile
+        here.buffer = lax.rem(tile, 2) if self.tiles.tiles_per_cta > 1 else 0
+        first = self._index(tile) * self.tiles.rows
+        here.first_row = first + self.warpgroup * BLOCK_Q
         here.blocks = self._visited(first)
         here.steps = here.blocks.stop - here.blocks.start
         return here
 
-    def _tile(self, visit: jax.Array | int) -> jax.Array:
-        """Blocks turn at each end, so that under a causal rule all have as many keys."""
-        block, visits = lax.axis_index("tiles"), self.tiles.visits
-        if visits > 1:
-            odd = lax.rem(visit, 2) == 1
-            block = visit * self.num_blocks + jnp.where(odd, self.num_blocks - 1 - block, block)
+    def _index(self, tile: jax.Array | int) -> jax.Array:
+        """Returns the tile's place in the sequence; CTAs go to and fro, for equal causal work."""
+        cta, count = lax.axis_index("tiles"), self.tiles.tiles_per_cta
+        index = cta
+        if count > 1:
+            odd = lax.rem(tile, 2) == 1
+            index = tile * self.num_ctas + jnp.where(odd, self.num_ctas - 1 - cta, cta)
         if self.rules.causal:  # those with the most keys first
-            return self.num_blocks * visits - 1 - block
-        return block
+            return self.num_ctas * count - 1 - index
+        return index
 
-    def each_visit(self, function, steps: jax.Array) -> jax.Array:
-        """Calls `function(block at a visit, steps before)`; returns the steps before the end."""
+    def each_tile(self, function, steps: jax.Array) -> jax.Array:
+        """Calls `function(the CTA at a tile, steps before)`; returns the steps before the end."""
 
-        def body(visit, steps):
-            return function(self.at(visit), steps)
+        def body(tile, steps):
+            return function(self.at(tile), steps)
 
-        if self.tiles.visits == 1:
+        if self.tiles.tiles_per_cta == 1:
             return body(0, steps)
-        return lax.fori_loop(0, self.tiles.visits, body, steps)
+        return lax.fori_loop(0, self.tiles.tiles_per_cta, body, steps)
 
     def _visited(self, first: jax.Array) -> Blocks:
-        """The blocks of keys that the block's queries, from `first`, may attend to."""
-        rules, size = self.rules, jnp.int32(self.tiles.block_k)
-        row, first = first, first + self.offset
-        last = first + self.tiles.rows - 1
-        start, inner_start = jnp.int32(0), jnp.int32(0)
-        stop, inner_stop = self.key_stop, self.key_stop
-        reaches = [0] if rules.causal else []
-        if rules.right is not None:
-            reaches.append(rules.right)
-        for reach in reaches:
-            stop = jnp.minimum(stop, last + reach + 1)
-            inner_stop = jnp.minimum(inner_stop, first + reach + 1)
-        if rules.left is not None:
-            start = lax.div(jnp.maximum(first - rules.left, 0), size)
-            inner_start = blocks_of(jnp.maximum(last - rules.left, 0), size)
-        stop = blocks_of(jnp.maximum(stop, 0), size)
-        if rules.query_lengths or self.tiles.visits > 1:
-            stop = jnp.where(row < self.query_stop, stop, 0)
-        start = jnp.minimum(start, stop)
-        inner_start = jnp.clip(inner_start, start, stop)
-        return Blocks(
-            start, inner_start, jnp.clip(lax.div(inner_stop, size), inner_start, stop), stop
-        )
+        """The blocks of keys that the queries of a tile, from `first`, may attend to."""
+        position = first + self.offset
+        last = position + self.tiles.rows - 1
+        blocks = visible_keys(self.rules, position, last, self.key_stop, self.tiles.block_k)
+        if self.rules.has_query_lengths or self.tiles.tiles_per_cta > 1:
+            nothing = first >= self.query_stop
+            blocks = Blocks(*(jnp.where(nothing, 0, x) for x in blocks))
+        return blocks
 
     def load(self) -> None:
         """The warpgroup that loads keys, their norms and values."""
         plgpu.set_max_registers(self.tiles.registers[1], action="decrease")
-        total = self.each_visit(lambda tile, steps: tile._load_tile(steps), jnp.int32(0))
+        total = self.each_tile(lambda tile, steps: tile._load_tile(steps), jnp.int32(0))
         total = self.load_again(total)
 
         @pl.loop(jnp.maximum(total - self.tiles.stages, 0), total)
@@ -141,7 +124,7 @@ class QueryBlock:
         return steps_before + self.steps
 
     def load_all(self, steps_before: jax.Array) -> None:
-        """Loads what the tile of queries visits."""
+        """Loads the keys, norms and values of the tile's blocks."""
         memory, size = self.memory, self.tiles.block_k
 
         @pl.loop(0, self.steps)
@@ -169,25 +152,21 @@ class QueryBlock:
 
     def row_indices(self) -> jax.Array:
         """Of the queries of the warpgroup's tile."""
-        index = plgpu.broadcasted_iota(jnp.int32, (self.tiles.block_q,), 0, layout=ROWS)
+        index = plgpu.broadcasted_iota(jnp.int32, (BLOCK_Q,), 0, layout=ROWS)
         return index + self.first_row
 
     def has_rest(self) -> bool:
         """Whether some of the last blocks may be visited in part."""
-        rules = self.rules
-        by_rule = rules.causal or rules.right is not None or rules.key_lengths
-        return by_rule or rules.num_keys % self.tiles.block_k > 0
+        by_rule = self.rules.right is not None or self.rules.has_key_lengths
+        return by_rule or self.lengths.keys % self.tiles.block_k > 0
 
     def with_rules(self, logits: jax.Array, block: jax.Array, whole: bool) -> jax.Array:
         """Adds ALiBi, and −∞ where a pair is not allowed."""
         rules = self.rules
-        if whole and not rules.slopes:
+        if whole and not rules.has_alibi:
             return logits
         first = (self.first_row + self.offset, block * self.tiles.block_k)
-        rows, columns = tile_indices(logits.shape, *first)
-        if rules.slopes:
-            logits -= jnp.abs(rows - columns).astype(jnp.float32) * self.numbers[2][...]
-        if whole:
-            return logits
-        allowed = near_enough(rules, columns < self.key_stop, rows, columns)
-        return jnp.where(allowed, logits, -jnp.inf)
+        positions, columns = tile_indices(logits.shape, *first)
+        slope = self.numbers[2][...] if rules.has_alibi else jnp.float32(0)
+        inside = None if whole else columns < self.key_stop
+        return with_rules(logits, rules, slope, positions, columns, inside)

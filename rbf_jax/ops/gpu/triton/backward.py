@@ -13,15 +13,16 @@ import triton.language as tl
 from rbf_jax.ops.gpu.triton.tile import (
     PARTS,
     aligned,
-    key_range,
-    load_mask,
+    allowed_pairs,
     load_numbers,
     load_rows,
-    may_attend,
     position_of,
-    query_range,
+    rbf_logits,
     store_rows,
     tile_of,
+    visible_keys,
+    visible_queries,
+    with_global_keys,
     within_segments,
 )
 
@@ -34,7 +35,7 @@ def queries_kernel(
     key_ptr,  # (B, S, K, H)
     value_ptr,  # (B, S, K, H)
     norms_ptr,  # float32 (B, K, S'): ‖k‖²
-    per_head_ptr,  # float32 (B or 1, 3, N): c, w and the ALiBi slope times log₂e
+    per_head_ptr,  # float32 (B or 1, 3 or 4, N): c, w, ALiBi slope and sink, times log₂e
     query_lengths_ptr,  # int32 (B,)
     key_lengths_ptr,  # int32 (B,)
     query_segments_ptr,  # (B, T)
@@ -57,6 +58,7 @@ def queries_kernel(
     delta_ptr,  # float32 (B, N, T'): δ
     moments_ptr,  # float32 (B, N, T): q·dq
     RULES: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -65,18 +67,18 @@ def queries_kernel(
     MAX_REGISTERS: tl.constexpr,  # read by launch.py
 ):
     """One program per tile of queries: dq_i = 2γ Σ_j dS_ij k_j, and δ."""
-    N: tl.constexpr = RULES.num_heads
-    K: tl.constexpr = RULES.num_kv_heads
-    H: tl.constexpr = RULES.head_dim
+    N: tl.constexpr = HEADS.num_heads
+    K: tl.constexpr = HEADS.num_kv_heads
+    H: tl.constexpr = HEADS.head_dim
     num_tiles = tl.cdiv(T, BLOCK_Q)
     tile, batch_head = tile_of(num_tiles, HEADS_AT_ONCE, RULES.causal)
     batch, head = (batch_head // N).to(tl.int64), batch_head % N
     key_head = head // (N // K)
     first = tile * BLOCK_Q
     query_stop, key_stop = T, S
-    if RULES.query_lengths:
+    if RULES.has_query_lengths:
         query_stop = tl.load(query_lengths_ptr + batch)
-    if RULES.key_lengths:
+    if RULES.has_key_lengths:
         key_stop = tl.load(key_lengths_ptr + batch)
     per_head_ptr += batch * per_head_stride + head
     scale, norm_weight = tl.load(per_head_ptr), tl.load(per_head_ptr + N)
@@ -84,9 +86,9 @@ def queries_kernel(
 
     rows, features = first + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_H)
     offsets = ((batch * T + rows) * (N * H) + head * H)[:, None] + features[None, :]
-    query = load_rows(query_ptr + offsets, rows, T, False, RULES)
-    dout = load_rows(dout_ptr + offsets, rows, T, False, RULES)
-    out = load_rows(out_ptr + offsets, rows, T, False, RULES)
+    query = load_rows(query_ptr + offsets, rows, T, False, HEADS)
+    dout = load_rows(dout_ptr + offsets, rows, T, False, HEADS)
+    out = load_rows(out_ptr + offsets, rows, T, False, HEADS)
     per_row = batch_head.to(tl.int64) * aligned(T) + rows
     logsumexp = tl.load(logsumexp_ptr + per_row, mask=rows < query_stop, other=float("inf"))
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
@@ -101,11 +103,11 @@ def queries_kernel(
     norms_ptr += (batch * K + key_head) * aligned(S)
     keys = (key_ptr + key_start, value_ptr + key_start, tile_offsets, norms_ptr)
     row_segments = rows[:, None]
-    if RULES.segments:
+    if RULES.has_segments:
         row_segments = tl.load(query_segments_ptr + batch * T + rows, mask=rows < T, other=0)
         row_segments = row_segments[:, None]
         key_segments_ptr += batch * S
-    if RULES.mask:
+    if RULES.has_mask:
         mask_ptr += batch * mask_batch_stride + head.to(tl.int64) * mask_head_stride
     masking = (row_segments, key_segments_ptr, mask_ptr, mask_row_stride, mask_column_stride)
     queries = (query, dout, logsumexp, delta)
@@ -115,21 +117,24 @@ def queries_kernel(
 
     position += first
     last = position + BLOCK_Q - 1
-    start, inner_start, inner_stop, stop = key_range(position, last, key_stop, BLOCK_K, RULES)
+    start, inner_start, inner_stop, stop = visible_keys(position, last, key_stop, BLOCK_K, RULES)
     start, stop = within_segments(bounds_ptr, batch, tile, num_tiles, start, stop, RULES)
+    global_stop, stop = with_global_keys(start, stop, last, key_stop, RULES)
     stop = tl.where(first < query_stop, stop, start)
+    global_stop = tl.where(first < query_stop, global_stop, 0)
     dq = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
-    if RULES.any_pair:
-        dq = _add_keys(dq, start, stop, queries, keys, numbers, where, masking, RULES, False)
+    call = (queries, keys, numbers, where, masking)
+    if RULES.num_global_keys > 0:
+        dq = _add_keys(dq, 0, global_stop, call, RULES, HEADS, False)
+    if RULES.pairwise:
+        dq = _add_keys(dq, start, stop, call, RULES, HEADS, False)
     else:
-        if RULES.left_rule:
-            end = tl.minimum(inner_start, stop)
-            dq = _add_keys(dq, start, end, queries, keys, numbers, where, masking, RULES, False)
-        end = tl.minimum(inner_stop, stop)
-        dq = _add_keys(dq, inner_start, end, queries, keys, numbers, where, masking, RULES, True)
-        dq = _add_keys(dq, inner_stop, stop, queries, keys, numbers, where, masking, RULES, False)
+        if RULES.left is not None:
+            dq = _add_keys(dq, start, tl.minimum(inner_start, stop), call, RULES, HEADS, False)
+        dq = _add_keys(dq, inner_start, tl.minimum(inner_stop, stop), call, RULES, HEADS, True)
+        dq = _add_keys(dq, inner_stop, stop, call, RULES, HEADS, False)
     dq *= scale * LN2
-    store_rows(dquery_ptr + offsets, dq, rows, T, RULES)
+    store_rows(dquery_ptr + offsets, dq, rows, T, HEADS)
     moments = tl.sum(dq * query.to(tl.float32), 1)
     tl.store(moments_ptr + batch_head.to(tl.int64) * T + rows, moments, mask=rows < T)
 
@@ -139,24 +144,22 @@ def _add_keys(
     dq,
     begin,
     end,
-    queries,
-    keys,
-    numbers,
-    where,
-    masking,
+    call,
     RULES: tl.constexpr,
+    HEADS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """Adds what the keys from `begin` to `end` give to Σ_j dS_ij k_j.
 
     `WHOLE`: they are whole blocks, and every row may attend to each of them.
     """
+    queries, keys, numbers, where, masking = call
     query, dout, logsumexp, delta = queries
     key_ptr, value_ptr, tile_offsets, norms_ptr = keys
     scale, norm_weight, slope = numbers
     rows, positions, T, key_stop, S = where
     row_segments, key_segments_ptr, mask_ptr, row_stride, column_stride = masking
-    ROW: tl.constexpr = RULES.num_kv_heads * RULES.head_dim
+    ROW: tl.constexpr = HEADS.num_kv_heads * HEADS.head_dim
     BLOCK_K: tl.constexpr = tile_offsets.shape[0]
     for block in tl.range(begin // BLOCK_K, tl.cdiv(end, BLOCK_K)):
         at = block * BLOCK_K
@@ -164,28 +167,34 @@ def _add_keys(
         allowed, any_allowed = True, True
         if not WHOLE:
             column_segments = columns[None, :]
-            if RULES.segments:
+            if RULES.has_segments:
                 column_segments = tl.load(key_segments_ptr + columns, mask=columns < S, other=0)
                 column_segments = column_segments[None, :]
-            allowed = may_attend(
-                positions[:, None], columns[None, :], key_stop, row_segments, column_segments, RULES
+            allowed, any_allowed = allowed_pairs(
+                rows[:, None],
+                positions[:, None],
+                columns[None, :],
+                (row_segments, column_segments),
+                (mask_ptr, row_stride, column_stride),
+                (T, key_stop, S),
+                RULES,
             )
-            if RULES.mask:
-                allowed = allowed & load_mask(
-                    mask_ptr, rows[:, None], columns[None, :], row_stride, column_stride, T, S
-                )
-                any_allowed = tl.max(tl.max(allowed.to(tl.int32), 1), 0) > 0
         if any_allowed:
             offset = tl.cast(at, tl.int64) * ROW
-            key = load_rows(key_ptr + offset + tile_offsets, columns, key_stop, WHOLE, RULES)
-            value = load_rows(value_ptr + offset + tile_offsets, columns, key_stop, WHOLE, RULES)
+            key = load_rows(key_ptr + offset + tile_offsets, columns, key_stop, WHOLE, HEADS)
+            value = load_rows(value_ptr + offset + tile_offsets, columns, key_stop, WHOLE, HEADS)
             norms = load_numbers(norms_ptr + columns, columns, key_stop, 0.0, WHOLE)
             products = tl.dot(query, tl.trans(key), input_precision="tf32x3")
-            logits = products * scale - (norms * norm_weight)[None, :]
-            if RULES.slopes:
-                logits -= slope * tl.abs(positions[:, None] - columns[None, :]).to(tl.float32)
-            if not WHOLE:
-                logits = tl.where(allowed, logits, -float("inf"))
+            logits = rbf_logits(
+                products,
+                (norms * norm_weight)[None, :],
+                (scale, slope),
+                positions[:, None],
+                columns[None, :],
+                allowed,
+                RULES,
+                WHOLE,
+            )
             weights = tl.exp2(logits - logsumexp[:, None])
             dweights = tl.dot(dout, tl.trans(value), input_precision="tf32x3")
             dlogits = weights * (dweights - delta[:, None])
@@ -199,7 +208,7 @@ def keys_kernel(
     key_ptr,  # (B, S, K, H)
     value_ptr,  # (B, S, K, H)
     norms_ptr,  # float32 (B, K, S'): ‖k‖²
-    per_head_ptr,  # float32 (B or 1, 3, N): c, w and the ALiBi slope times log₂e
+    per_head_ptr,  # float32 (B or 1, 3 or 4, N): c, w, ALiBi slope and sink, times log₂e
     query_lengths_ptr,  # int32 (B,)
     key_lengths_ptr,  # int32 (B,)
     query_segments_ptr,  # (B, T)
@@ -221,6 +230,7 @@ def keys_kernel(
     dvalue_ptr,  # (B, S, K, H)
     column_sums_ptr,  # float32 (B, N, S): Σ_i dS_ij
     RULES: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -228,36 +238,36 @@ def keys_kernel(
     MAX_REGISTERS: tl.constexpr,  # read by launch.py
 ):
     """One program per tile of keys, for all query heads of their group."""
-    N: tl.constexpr = RULES.num_heads
-    K: tl.constexpr = RULES.num_kv_heads
-    H: tl.constexpr = RULES.head_dim
+    N: tl.constexpr = HEADS.num_heads
+    K: tl.constexpr = HEADS.num_kv_heads
+    H: tl.constexpr = HEADS.head_dim
     GROUP: tl.constexpr = N // K
     num_tiles = tl.cdiv(S, BLOCK_K)
     tile, batch_head = tile_of(num_tiles, HEADS_AT_ONCE, False)
     batch, key_head = (batch_head // K).to(tl.int64), batch_head % K
     first = tile * BLOCK_K
     query_stop, key_stop = T, S
-    if RULES.query_lengths:
+    if RULES.has_query_lengths:
         query_stop = tl.load(query_lengths_ptr + batch)
-    if RULES.key_lengths:
+    if RULES.has_key_lengths:
         key_stop = tl.load(key_lengths_ptr + batch)
 
     columns, features = first + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_H)
     offsets = ((batch * S + columns) * (K * H) + key_head * H)[:, None] + features[None, :]
-    key = load_rows(key_ptr + offsets, columns, S, False, RULES)
-    value = load_rows(value_ptr + offsets, columns, S, False, RULES)
+    key = load_rows(key_ptr + offsets, columns, S, False, HEADS)
+    value = load_rows(value_ptr + offsets, columns, S, False, HEADS)
     norms_ptr += batch_head.to(tl.int64) * aligned(S)
     norms = tl.load(norms_ptr + columns, mask=columns < S, other=0.0)
     column_segments = columns[:, None]
-    if RULES.segments:
+    if RULES.has_segments:
         column_segments = tl.load(key_segments_ptr + batch * S + columns, mask=columns < S, other=0)
         column_segments = column_segments[:, None]
         query_segments_ptr += batch * T
 
     last = first + BLOCK_K - 1
     position = position_of(offsets_ptr, batch, RULES)
-    start, inner_start, inner_stop, stop = query_range(
-        first - position, last - position, query_stop, BLOCK_Q, RULES
+    start, inner_start, inner_stop, stop = visible_queries(
+        first, first - position, last - position, query_stop, BLOCK_Q, RULES
     )
     start, stop = within_segments(bounds_ptr, batch, tile, num_tiles, start, stop, RULES)
     stop = tl.where(first < key_stop, stop, start)
@@ -287,7 +297,7 @@ def keys_kernel(
             delta_ptr + per_row,
         )
         matrix_ptr = mask_ptr
-        if RULES.mask:
+        if RULES.has_mask:
             matrix_ptr += batch * mask_batch_stride + head.to(tl.int64) * mask_head_stride
         masking = (
             query_segments_ptr,
@@ -296,34 +306,25 @@ def keys_kernel(
             mask_row_stride,
             mask_column_stride,
         )
-        keys = (key, value)
-        sums = tl.zeros([BLOCK_K, PARTS], tl.float32)
-        state = (dk, dv, sums)
-        if RULES.any_pair:
-            state = _add_queries(
-                state, start, stop, keys, queries, numbers, where, masking, RULES, False
-            )
+        call = ((key, value), queries, numbers, where, masking)
+        state = (dk, dv, tl.zeros([BLOCK_K, PARTS], tl.float32))
+        if RULES.pairwise:
+            state = _add_queries(state, start, stop, call, RULES, HEADS, False)
         else:
-            if RULES.right_rule:
+            if RULES.right is not None:
                 end = tl.minimum(inner_start, stop)
-                state = _add_queries(
-                    state, start, end, keys, queries, numbers, where, masking, RULES, False
-                )
+                state = _add_queries(state, start, end, call, RULES, HEADS, False)
             end = tl.minimum(inner_stop, stop)
-            state = _add_queries(
-                state, inner_start, end, keys, queries, numbers, where, masking, RULES, True
-            )
-            state = _add_queries(
-                state, inner_stop, stop, keys, queries, numbers, where, masking, RULES, False
-            )
+            state = _add_queries(state, inner_start, end, call, RULES, HEADS, True)
+            state = _add_queries(state, inner_stop, stop, call, RULES, HEADS, False)
         dk, dv, sums = state
         sums = tl.sum(sums, 1)
         norm_part += sums * (2 * LN2 * norm_weight)
         sums_ptr = column_sums_ptr + (batch * N + head) * S
         tl.store(sums_ptr + columns, sums, mask=columns < S)
     dk = dk * (scale * LN2) - norm_part[:, None] * key.to(tl.float32)
-    store_rows(dkey_ptr + offsets, dk, columns, S, RULES)
-    store_rows(dvalue_ptr + offsets, dv, columns, S, RULES)
+    store_rows(dkey_ptr + offsets, dk, columns, S, HEADS)
+    store_rows(dvalue_ptr + offsets, dv, columns, S, HEADS)
 
 
 @triton.jit
@@ -331,12 +332,9 @@ def _add_queries(
     state,
     begin,
     end,
-    keys,
-    queries,
-    numbers,
-    where,
-    masking,
+    call,
     RULES: tl.constexpr,
+    HEADS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """Adds what queries `begin` to `end` give to Σ_i dS_ij q_i, Σ_i P_ij dout_i and Σ_i dS_ij.
@@ -345,12 +343,13 @@ def _add_queries(
     transposition. `WHOLE`: these are whole blocks, and all may attend to every one of the keys.
     """
     dk, dv, sums = state
+    keys, queries, numbers, where, masking = call
     key, value = keys
     query_ptr, dout_ptr, tile_offsets, logsumexp_ptr, delta_ptr = queries
     scale, weighted_norms, slope = numbers
     columns, position, query_stop, T, key_stop, S = where
     query_segments_ptr, column_segments, mask_ptr, row_stride, column_stride = masking
-    ROW: tl.constexpr = RULES.num_heads * RULES.head_dim
+    ROW: tl.constexpr = HEADS.num_heads * HEADS.head_dim
     BLOCK_Q: tl.constexpr = tile_offsets.shape[0]
     BLOCK_K: tl.constexpr = key.shape[0]
     for block in tl.range(begin // BLOCK_Q, tl.cdiv(end, BLOCK_Q)):
@@ -360,21 +359,22 @@ def _add_queries(
         allowed, any_allowed = True, True
         if not WHOLE:
             row_segments = rows[None, :]
-            if RULES.segments:
+            if RULES.has_segments:
                 row_segments = tl.load(query_segments_ptr + rows, mask=rows < T, other=0)
                 row_segments = row_segments[None, :]
-            allowed = may_attend(
-                positions[None, :], columns[:, None], key_stop, row_segments, column_segments, RULES
+            allowed, any_allowed = allowed_pairs(
+                rows[None, :],
+                positions[None, :],
+                columns[:, None],
+                (row_segments, column_segments),
+                (mask_ptr, row_stride, column_stride),
+                (T, key_stop, S),
+                RULES,
             )
-            if RULES.mask:
-                allowed = allowed & load_mask(
-                    mask_ptr, rows[None, :], columns[:, None], row_stride, column_stride, T, S
-                )
-                any_allowed = tl.max(tl.max(allowed.to(tl.int32), 1), 0) > 0
         if any_allowed:
             offset = tl.cast(at, tl.int64) * ROW
-            query = load_rows(query_ptr + offset + tile_offsets, rows, query_stop, WHOLE, RULES)
-            dout = load_rows(dout_ptr + offset + tile_offsets, rows, query_stop, WHOLE, RULES)
+            query = load_rows(query_ptr + offset + tile_offsets, rows, query_stop, WHOLE, HEADS)
+            dout = load_rows(dout_ptr + offset + tile_offsets, rows, query_stop, WHOLE, HEADS)
             logsumexp = load_numbers(logsumexp_ptr + rows, rows, query_stop, float("inf"), WHOLE)
             delta = load_numbers(delta_ptr + rows, rows, query_stop, 0.0, WHOLE)
             if query.dtype == tl.float32:
@@ -383,11 +383,16 @@ def _add_queries(
                 products = tl.trans(tl.dot(query, tl.trans(key), input_precision="tf32x3"))
             else:
                 products = tl.dot(key, tl.trans(query))
-            logits = products * scale - weighted_norms[:, None]
-            if RULES.slopes:
-                logits -= slope * tl.abs(positions[None, :] - columns[:, None]).to(tl.float32)
-            if not WHOLE:
-                logits = tl.where(allowed, logits, -float("inf"))
+            logits = rbf_logits(
+                products,
+                weighted_norms[:, None],
+                (scale, slope),
+                positions[None, :],
+                columns[:, None],
+                allowed,
+                RULES,
+                WHOLE,
+            )
             weights = tl.exp2(logits - logsumexp[None, :])
             dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="tf32x3")
             dweights = tl.dot(value, tl.trans(dout), input_precision="tf32x3")

@@ -1,4 +1,4 @@
-"""How large the tiles of each kernel are: an override, else the tuned table, else a rule of thumb.
+"""Tile sizes of each kernel: set by `use_tiles`, else of the tuned table, else by a rule of thumb.
 
 `tuned.json` is written by `python -m experiments.autotune` on the GPU that an entry names.
 """
@@ -13,7 +13,7 @@ import importlib.resources
 import json
 from typing import Literal
 
-from rbf_jax.ops.gpu.context import override
+from rbf_jax.ops.gpu.context import setting
 
 Pass = Literal["forward", "queries", "keys"]
 PASSES: tuple[Pass, ...] = ("forward", "queries", "keys")
@@ -78,12 +78,12 @@ class Tiles:
                 raise ValueError(f"{name}={value!r} must be an int ≥ 1.")
 
 
-_overrides: contextvars.ContextVar[tuple[tuple[Pass, Tiles], ...]] = contextvars.ContextVar(
+_in_use: contextvars.ContextVar[tuple[tuple[Pass, Tiles], ...]] = contextvars.ContextVar(
     "rbf_jax_triton_tiles", default=()
 )
 
 
-def override_tiles(
+def use_tiles(
     *, forward: Tiles | None = None, queries: Tiles | None = None, keys: Tiles | None = None
 ) -> contextlib.AbstractContextManager[None]:
     """Within this context, what is traced takes these tiles for the passes given.
@@ -92,12 +92,12 @@ def override_tiles(
     """
     given: dict[Pass, Tiles | None] = {"forward": forward, "queries": queries, "keys": keys}
     named = tuple((name, tiles) for name, tiles in given.items() if tiles is not None)
-    return override(_overrides, (*_overrides.get(), *named))
+    return setting(_in_use, (*_in_use.get(), *named))
 
 
-def overridden() -> tuple[tuple[Pass, Tiles], ...]:
-    """The overrides in force, the innermost last: part of what a traced program depends on."""
-    return _overrides.get()
+def tiles_in_use() -> tuple[tuple[Pass, Tiles], ...]:
+    """Tiles set by `use_tiles`, the innermost last: part of what a traced program depends on."""
+    return _in_use.get()
 
 
 def choose(
@@ -110,7 +110,7 @@ def choose(
     gpu: str,
     compute_capability: int,
 ) -> Tiles:
-    """Returns the tiles of one pass where there is no override.
+    """Returns the tiles of one pass where `use_tiles` sets none.
 
     Args:
       name: "forward", "queries" (their gradient) or "keys" (theirs and the values').

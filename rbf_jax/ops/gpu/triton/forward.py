@@ -15,24 +15,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rbf_jax.ops.gpu import bound as gate
+from rbf_jax.ops.gpu import bound
 from rbf_jax.ops.gpu.triton.tile import (
     PARTS,
     aligned,
-    key_range,
-    load_mask,
+    allowed_pairs,
     load_numbers,
     load_rows,
-    may_attend,
     position_of,
+    rbf_logits,
     store_rows,
     tile_of,
+    visible_keys,
+    with_global_keys,
     within_segments,
 )
 
-HEADROOM = tl.constexpr(gate.HEADROOM)
-SMALLEST_SUM = tl.constexpr(gate.SMALLEST_SUM)
-LARGEST_REFERENCE = tl.constexpr(gate.LARGEST_REFERENCE)
+HEADROOM = tl.constexpr(bound.HEADROOM)
+SMALLEST_SUM = tl.constexpr(bound.SMALLEST_SUM)
+LARGEST_REFERENCE = tl.constexpr(bound.LARGEST_REFERENCE)
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def forward_kernel(
     key_ptr,  # (B, S, K, H)
     value_ptr,  # (B, S, K, H)
     norms_ptr,  # float32 (B, K, S'): ‖k‖²
-    per_head_ptr,  # float32 (B or 1, 3, N): c, w and the ALiBi slope times log₂e
+    per_head_ptr,  # float32 (B or 1, 3 or 4, N): c, w, ALiBi slope and sink, times log₂e
     query_lengths_ptr,  # int32 (B,)
     key_lengths_ptr,  # int32 (B,)
     query_segments_ptr,  # (B, T)
@@ -60,6 +61,7 @@ def forward_kernel(
     logsumexp_ptr,  # float32 (B, N, T'), base 2; +∞ where a row may attend to nothing
     flags_ptr,  # int32 (B·N·tiles of queries,): 1 where the gate must do the tile again
     RULES: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -98,6 +100,7 @@ def forward_kernel(
         out_ptr,
         logsumexp_ptr,
         RULES,
+        HEADS,
         BLOCK_Q,
         BLOCK_K,
         BLOCK_H,
@@ -136,6 +139,7 @@ def gate_kernel(
     out_ptr,
     logsumexp_ptr,
     RULES: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -178,6 +182,7 @@ def gate_kernel(
                 out_ptr,
                 logsumexp_ptr,
                 RULES,
+                HEADS,
                 BLOCK_Q,
                 BLOCK_K,
                 BLOCK_H,
@@ -198,6 +203,7 @@ def _do_tile(
     out_ptr,
     logsumexp_ptr,
     RULES: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -218,24 +224,26 @@ def _do_tile(
         bounds_ptr,
         mask_ptr,
     ) = masking
-    N: tl.constexpr = RULES.num_heads
-    K: tl.constexpr = RULES.num_kv_heads
-    H: tl.constexpr = RULES.head_dim
+    N: tl.constexpr = HEADS.num_heads
+    K: tl.constexpr = HEADS.num_kv_heads
+    H: tl.constexpr = HEADS.head_dim
     batch, head = (batch_head // N).to(tl.int64), batch_head % N
     key_head = head // (N // K)
     first = tile * BLOCK_Q
     query_stop, key_stop = T, S
-    if RULES.query_lengths:
+    if RULES.has_query_lengths:
         query_stop = tl.load(query_lengths_ptr + batch)
-    if RULES.key_lengths:
+    if RULES.has_key_lengths:
         key_stop = tl.load(key_lengths_ptr + batch)
     per_head_ptr += batch * strides[0] + head
     scale, norm_weight = tl.load(per_head_ptr), tl.load(per_head_ptr + N)
-    slope = tl.load(per_head_ptr + 2 * N)
+    slope, sink = tl.load(per_head_ptr + 2 * N), -float("inf")
+    if RULES.sink:
+        sink = tl.load(per_head_ptr + 3 * N)
 
     rows, features = first + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_H)
     offsets = ((batch * T + rows) * (N * H) + head * H)[:, None] + features[None, :]
-    query = load_rows(query_ptr + offsets, rows, T, False, RULES)
+    query = load_rows(query_ptr + offsets, rows, T, False, HEADS)
     key_start = batch * S * (K * H) + key_head * H
     tile_offsets = tl.arange(0, BLOCK_K)[:, None] * (K * H) + features[None, :]
     keys = (
@@ -245,85 +253,66 @@ def _do_tile(
         norms_ptr + (batch * K + key_head) * aligned(S),
     )
     row_segments = rows[:, None]
-    if RULES.segments:
+    if RULES.has_segments:
         row_segments = tl.load(query_segments_ptr + batch * T + rows, mask=rows < T, other=0)[
             :, None
         ]
         key_segments_ptr += batch * S
-    if RULES.mask:
+    if RULES.has_mask:
         mask_ptr += batch * strides[1] + head.to(tl.int64) * strides[2]
     position = position_of(offsets_ptr, batch, RULES)
     places = (rows, rows + position, T, key_stop, S)
     rules = (row_segments, key_segments_ptr, mask_ptr, strides[3], strides[4])
 
     position += first
-    start, inner_start, inner_stop, stop = key_range(
-        position, position + BLOCK_Q - 1, key_stop, BLOCK_K, RULES
-    )
+    last = position + BLOCK_Q - 1
+    start, inner_start, inner_stop, stop = visible_keys(position, last, key_stop, BLOCK_K, RULES)
     start, stop = within_segments(bounds_ptr, batch, tile, tl.cdiv(T, BLOCK_Q), start, stop, RULES)
+    global_stop, stop = with_global_keys(start, stop, last, key_stop, RULES)
     stop = tl.where(first < query_stop, stop, start)
+    global_stop = tl.where(first < query_stop, global_stop, 0)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
     total = tl.zeros([BLOCK_Q, PARTS], tl.float32)
     if ONLINE:
         reference, safe = 0.0, True
-        maximum = tl.full([BLOCK_Q], 0.0 if RULES.sink else -float("inf"), tl.float32)
+        maximum = tl.zeros([BLOCK_Q], tl.float32) + sink
     else:
         query_norms = tl.sum(query.to(tl.float32) * query.to(tl.float32), 1)
         bound = tl.max(query_norms) * scale * scale / (4 * norm_weight)
+        if RULES.sink:
+            bound = tl.maximum(bound, sink)
         safe = (norm_weight > 0) & (bound <= LARGEST_REFERENCE)
         reference = tl.where(safe, bound - HEADROOM, 0.0)
         stop = tl.where(safe, stop, start)
+        global_stop = tl.where(safe, global_stop, 0)
         maximum = 0.0
     numbers = (scale, norm_weight, reference, slope)
     state = (acc, total, maximum)
-    if RULES.any_pair or not SPLIT:
-        state = _attend(
-            state, start, stop, query, keys, numbers, places, rules, RULES, False, ONLINE
-        )
+    call = (query, keys, numbers, places, rules)
+    if RULES.num_global_keys > 0:
+        state = _attend(state, 0, global_stop, call, RULES, HEADS, False, ONLINE)
+    if RULES.pairwise or not SPLIT:
+        state = _attend(state, start, stop, call, RULES, HEADS, False, ONLINE)
     else:
-        if RULES.left_rule:
-            state = _attend(
-                state,
-                start,
-                tl.minimum(inner_start, stop),
-                query,
-                keys,
-                numbers,
-                places,
-                rules,
-                RULES,
-                False,
-                ONLINE,
-            )
-        state = _attend(
-            state,
-            inner_start,
-            tl.minimum(inner_stop, stop),
-            query,
-            keys,
-            numbers,
-            places,
-            rules,
-            RULES,
-            True,
-            ONLINE,
-        )
-        state = _attend(
-            state, inner_stop, stop, query, keys, numbers, places, rules, RULES, False, ONLINE
-        )
+        if RULES.left is not None:
+            end = tl.minimum(inner_start, stop)
+            state = _attend(state, start, end, call, RULES, HEADS, False, ONLINE)
+        end = tl.minimum(inner_stop, stop)
+        state = _attend(state, inner_start, end, call, RULES, HEADS, True, ONLINE)
+        state = _attend(state, inner_stop, stop, call, RULES, HEADS, False, ONLINE)
     acc, total, maximum = state
 
     total = tl.sum(total, 1)
-    if RULES.query_lengths:  # a row beyond its length sees the sink at most
+    if RULES.has_query_lengths:  # a row beyond its length sees the sink at most
         beyond = rows >= query_stop
         acc = tl.where(beyond[:, None], 0.0, acc)
         total = tl.where(beyond, 0.0, total)
-        maximum = tl.where(beyond, -reference, maximum)
+        maximum = tl.where(beyond, (sink if RULES.sink else 0.0) - reference, maximum)
     if RULES.sink:
-        total += tl.exp2(-reference - maximum)
+        total += tl.exp2(sink - reference - maximum)
     empty = total == 0
-    store_rows(out_ptr + offsets, acc / tl.where(empty, 1.0, total)[:, None], rows, T, RULES)
+    store_rows(out_ptr + offsets, acc / tl.where(empty, 1.0, total)[:, None], rows, T, HEADS)
     logsumexp = tl.where(empty, float("inf"), reference + maximum + tl.log2(total))
     logsumexp_ptr += batch_head.to(tl.int64) * aligned(T)
     tl.store(logsumexp_ptr + rows, logsumexp, mask=rows < T)
@@ -340,12 +329,9 @@ def _attend(
     state,
     begin,
     end,
-    query,
-    keys,
-    numbers,
-    places,
-    rules,
+    call,
     RULES: tl.constexpr,
+    HEADS: tl.constexpr,
     WHOLE: tl.constexpr,
     ONLINE: tl.constexpr,
 ):
@@ -355,11 +341,12 @@ def _attend(
     measured from their running maximum if `ONLINE`, else from the reference.
     """
     acc, total, maximum = state
+    query, keys, numbers, places, rules = call
     key_ptr, value_ptr, tile_offsets, norms_ptr = keys
     scale, norm_weight, reference, slope = numbers
     rows, positions, T, key_stop, S = places
     row_segments, key_segments_ptr, mask_ptr, row_stride, column_stride = rules
-    ROW: tl.constexpr = RULES.num_kv_heads * RULES.head_dim
+    ROW: tl.constexpr = HEADS.num_kv_heads * HEADS.head_dim
     BLOCK_Q: tl.constexpr = query.shape[0]
     BLOCK_K: tl.constexpr = tile_offsets.shape[0]
     for block in tl.range(begin // BLOCK_K, tl.cdiv(end, BLOCK_K)):
@@ -368,28 +355,34 @@ def _attend(
         allowed, any_allowed = True, True
         if not WHOLE:
             column_segments = columns[None, :]
-            if RULES.segments:
+            if RULES.has_segments:
                 column_segments = tl.load(key_segments_ptr + columns, mask=columns < S, other=0)[
                     None, :
                 ]
-            allowed = may_attend(
-                positions[:, None], columns[None, :], key_stop, row_segments, column_segments, RULES
+            allowed, any_allowed = allowed_pairs(
+                rows[:, None],
+                positions[:, None],
+                columns[None, :],
+                (row_segments, column_segments),
+                (mask_ptr, row_stride, column_stride),
+                (T, key_stop, S),
+                RULES,
             )
-            if RULES.mask:
-                allowed = allowed & load_mask(
-                    mask_ptr, rows[:, None], columns[None, :], row_stride, column_stride, T, S
-                )
-                any_allowed = tl.max(tl.max(allowed.to(tl.int32), 1), 0) > 0
         if any_allowed:
             offset = tl.cast(at, tl.int64) * ROW
-            key = load_rows(key_ptr + offset + tile_offsets, columns, key_stop, WHOLE, RULES)
+            key = load_rows(key_ptr + offset + tile_offsets, columns, key_stop, WHOLE, HEADS)
             norms = load_numbers(norms_ptr + columns, columns, key_stop, 0.0, WHOLE)
             products = tl.dot(query, tl.trans(key), input_precision="tf32x3")
-            logits = products * scale - (norms * norm_weight + reference)[None, :]
-            if RULES.slopes:
-                logits -= slope * tl.abs(positions[:, None] - columns[None, :]).to(tl.float32)
-            if not WHOLE:
-                logits = tl.where(allowed, logits, -float("inf"))
+            logits = rbf_logits(
+                products,
+                (norms * norm_weight + reference)[None, :],
+                (scale, slope),
+                positions[:, None],
+                columns[None, :],
+                allowed,
+                RULES,
+                WHOLE,
+            )
             if ONLINE:
                 new_maximum = tl.maximum(maximum, tl.max(logits, 1))
                 subtract = new_maximum
@@ -402,6 +395,6 @@ def _attend(
                 logits -= subtract[:, None]
             weights = tl.exp2(logits)
             total += tl.sum(tl.reshape(weights, [BLOCK_Q, BLOCK_K // PARTS, PARTS]), 1)
-            value = load_rows(value_ptr + offset + tile_offsets, columns, key_stop, WHOLE, RULES)
+            value = load_rows(value_ptr + offset + tile_offsets, columns, key_stop, WHOLE, HEADS)
             acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="tf32x3")
     return acc, total, maximum

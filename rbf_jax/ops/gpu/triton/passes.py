@@ -1,4 +1,4 @@
-"""RBF attention by Triton kernels: what surrounds the kernels, and how each is called.
+"""RBF attention by Triton kernels: how each kernel is called, forward and backward.
 
 The kernels import Triton, so they are imported where they are called.
 """
@@ -6,37 +6,37 @@ The kernels import Triton, so they are imported where they are called.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from rbf_jax.ops.call import Inputs, Masking, Options
-from rbf_jax.ops.gpu import device, program
+from rbf_jax.ops.call import Inputs, Masking, Rules
+from rbf_jax.ops.gpu import device
 from rbf_jax.ops.gpu.program import (
-    Full,
     Rows,
-    Shared,
     aligned,
-    common_rules,
     filled,
-    natural_logsumexp,
-    needed,
     numbers_per_head,
-    own_logsumexp,
-    split,
+    passes,
 )
 from rbf_jax.ops.gpu.triton import launch
-from rbf_jax.ops.gpu.triton.config import Pass, Tiles, choose, overridden, padded_head_dim
-from rbf_jax.ops.vjp import Gradients, Passes, Residuals, with_custom_vjp
+from rbf_jax.ops.gpu.triton.config import Pass, Tiles, choose, padded_head_dim, tiles_in_use
+from rbf_jax.ops.vjp import Gradients
 
+SUPPORTS = frozenset(
+    {
+        *("left", "right", "num_global_keys", "sink", "return_residual"),
+        *("mask", "query_lengths", "key_lengths", "query_segments", "key_segments"),
+        *("alibi_slopes", "query_offset"),
+    }
+)
 # Programs that look for tiles which the gate must do again.
 _GATE_PROGRAMS = 512
 
 
-def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | None:
+def unsupported(inputs: Inputs, rules: Rules) -> str | None:
     """Returns why this call cannot be done here, as the rest of a sentence, or None if it can."""
-    del masking, options
+    del rules
     return launch.unsupported(inputs.query)
 
 
@@ -44,37 +44,24 @@ def unsupported(inputs: Inputs, masking: Masking, options: Options) -> str | Non
 class _Plan:
     """All static choices of a call; hashable, since compiled programs are kept by it."""
 
-    options: Options
-    overrides: tuple[tuple[Pass, Tiles], ...]
+    rules: Rules
+    tiles: tuple[tuple[Pass, Tiles], ...]
     target: device.Target
 
 
-def _plan(options: Options) -> _Plan:
-    return _Plan(needed(options), overridden(), device.target())
+def _plan(rules: Rules) -> _Plan:
+    return _Plan(rules, tiles_in_use(), device.target())
 
 
 class _Call:
     """The operands and constants that all kernels of a call have in common."""
 
-    def __init__(self, plan: _Plan, full: Full, shared: Shared):
-        from rbf_jax.ops.gpu.triton.tile import Rules
-
-        self.plan, self.full, self.shared = plan, full, shared
-        self.B, self.T, self.N, self.H = full.query.shape
-        self.S, self.K = full.key.shape[1:3]
-        left, right = (-1, -1) if plan.options.window is None else plan.options.window
-        self.rules = Rules(
-            self.N,
-            self.K,
-            self.H,
-            left=left,
-            right=right,
-            segments=full.query_segments is not None,
-            mask=shared.mask is not None,
-            **common_rules(plan.options, full, shared),
-        )
-        self.norms = filled(full.key_norms.swapaxes(1, 2))
-        self.per_head = numbers_per_head(shared)
+    def __init__(self, plan: _Plan, inputs: Inputs, masking: Masking):
+        self.plan, self.rules, self.inputs, self.masking = plan, plan.rules, inputs, masking
+        self.B, self.T, self.N, self.H = inputs.query.shape
+        self.S, self.K = inputs.key.shape[1:3]
+        self.norms = filled(inputs.squared_key_norms().swapaxes(1, 2))
+        self.per_head = numbers_per_head(inputs, masking)
 
     def online(self, tiles: Tiles) -> bool:
         """Whether the forward pass takes online softmax from the start.
@@ -83,20 +70,19 @@ class _Call:
         worth the accuracy lost in subtracting a bound; without λ > 0 there is no bound; and where
         a row sees a block of keys at most, there is nothing to rescale.
         """
-        options, visible = self.plan.options, self.S
-        if options.window is not None:
-            left, right = options.window
-            visible = min(visible, left + 1 + (0 if options.is_causal else right))
-        no_bound = options.static_key_norm_weight is not None
-        bfloat16 = self.full.query.dtype == jnp.bfloat16
+        rules, visible = self.rules, self.S
+        if rules.left is not None and rules.right is not None:
+            visible = min(visible, rules.num_global_keys + rules.left + 1 + rules.right)
+        no_bound = rules.static_key_norm_weight is not None
+        bfloat16 = self.inputs.query.dtype == jnp.bfloat16
         return not bfloat16 or no_bound or visible <= tiles.block_k
 
     def tiles(self, name: Pass) -> Tiles:
         """The tiles of a pass."""
-        return dict(self.plan.overrides).get(name) or choose(
+        return dict(self.plan.tiles).get(name) or choose(
             name,
             head_dim=self.H,
-            dtype=self.full.query.dtype.name,
+            dtype=self.inputs.query.dtype.name,
             causal=self.rules.causal,
             length=max(self.T, self.S),
             gpu=self.plan.target.name,
@@ -105,35 +91,42 @@ class _Call:
 
     def operands(self, bounds: jax.Array | None) -> list[jax.Array]:
         """The first array arguments of every kernel; one that has no use is any array."""
-        full = self.full
-        none = full.query
+        inputs, masking = self.inputs, self.masking
         optional = (
-            full.query_lengths,
-            full.key_lengths,
-            full.query_segments,
-            full.key_segments,
-            full.query_offset,
+            masking.query_lengths,
+            masking.key_lengths,
+            masking.query_segments,
+            masking.key_segments,
+            masking.query_offset,
             bounds,
-            self.shared.mask,
+            masking.mask,
         )
-        arrays = [full.query, full.key, full.value, self.norms, self.per_head]
-        return arrays + [none if x is None else x for x in optional]
+        arrays = [inputs.query, inputs.key, inputs.value, self.norms, self.per_head]
+        return arrays + [inputs.query if x is None else x for x in optional]
+
+    def bounds(self, tiles: Tiles) -> jax.Array | None:
+        """Where the keys of each tile of queries are; global keys are visited besides."""
+        query_segments, key_segments = self.masking.query_segments, self.masking.key_segments
+        return _segment_bounds(query_segments, key_segments, tiles.block_q, tiles.block_k)
 
     def scalars(self) -> list[int]:
         """The integer arguments of every kernel: T, S and the strides of what may be shared."""
         strides = [0] * 4
-        if self.shared.mask is not None:
-            shape, step = self.shared.mask.shape, 1
+        if self.masking.mask is not None:
+            shape, step = self.masking.mask.shape, 1
             for axis in (3, 2, 1, 0):
                 strides[axis] = step if shape[axis] > 1 else 0
                 step *= shape[axis]
-        per_head = 3 * self.N if self.per_head.shape[0] > 1 else 0
+        per_head = self.per_head.shape[1] * self.N if self.per_head.shape[0] > 1 else 0
         return [self.T, self.S, per_head, *strides]
 
     def run(self, kernel, inputs, outputs, *, programs, tiles, grouped=True, aliases=None, **more):
         """Launches a kernel."""
+        from rbf_jax.ops.gpu.triton.tile import Heads
+
         constants = {
             "RULES": self.rules,
+            "HEADS": Heads(self.N, self.K, self.H),
             "BLOCK_Q": tiles.block_q,
             "BLOCK_K": tiles.block_k,
             "BLOCK_H": padded_head_dim(self.H),
@@ -151,23 +144,19 @@ class _Call:
         )
 
 
-def _forward_kernels(plan: _Plan, full: Full, shared: Shared) -> tuple[jax.Array, jax.Array]:
-    return _forward_pass(_Call(plan, full, shared))
-
-
-def _forward_pass(call: _Call) -> tuple[jax.Array, jax.Array]:
+def _forward_kernels(plan: _Plan, inputs: Inputs, masking: Masking) -> tuple[jax.Array, jax.Array]:
     """The output and the logsumexp."""
     from rbf_jax.ops.gpu.triton import forward
 
-    full, tiles = call.full, call.tiles("forward")
-    bounds = _segment_bounds(full.query_segments, full.key_segments, tiles.block_q, tiles.block_k)
+    call = _Call(plan, inputs, masking)
+    tiles = call.tiles("forward")
     num_tiles = call.B * call.N * _cdiv(call.T, tiles.block_q)
     online = call.online(tiles)
     out_shapes = [
-        jax.ShapeDtypeStruct(full.query.shape, full.query.dtype),
+        jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype),
         jax.ShapeDtypeStruct((call.B, call.N, aligned(call.T)), jnp.float32),
     ]
-    operands = call.operands(bounds)
+    operands = call.operands(call.bounds(tiles))
     out, logsumexp, flags = call.run(
         forward.forward_kernel,
         [*operands, *call.scalars()],
@@ -192,9 +181,9 @@ def _forward_pass(call: _Call) -> tuple[jax.Array, jax.Array]:
     return out, logsumexp
 
 
-def _backward_kernels(plan: _Plan, full: Full, given: Rows, shared: Shared) -> Gradients:
+def _backward_kernels(plan: _Plan, inputs: Inputs, masking: Masking, given: Rows) -> Gradients:
     """The gradients; the moments still have a batch axis."""
-    call = _Call(plan, full, shared)
+    call = _Call(plan, inputs, masking)
     dquery, delta, moments = _queries_pass(call, given)
     dkey, dvalue, column_sums = _keys_pass(call, given, delta)
     norms = jnp.repeat(call.norms[..., : call.S], call.N // call.K, axis=1)
@@ -207,16 +196,15 @@ def _queries_pass(call: _Call, given: Rows) -> list[jax.Array]:
     """The gradient of the queries, δ as the next pass reads it, and q·dq."""
     from rbf_jax.ops.gpu.triton import backward
 
-    full, tiles = call.full, call.tiles("queries")
+    query, tiles = call.inputs.query, call.tiles("queries")
     out, dout, logsumexp, dlogsumexp = given
-    bounds = _segment_bounds(full.query_segments, full.key_segments, tiles.block_q, tiles.block_k)
     has_dlogsumexp = dlogsumexp is not None
     arrays = [out, dout, logsumexp, dlogsumexp if has_dlogsumexp else logsumexp]
     return call.run(
         backward.queries_kernel,
-        [*call.operands(bounds), *arrays, *call.scalars()],
+        [*call.operands(call.bounds(tiles)), *arrays, *call.scalars()],
         [
-            jax.ShapeDtypeStruct(full.query.shape, full.query.dtype),
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
             jax.ShapeDtypeStruct(logsumexp.shape, jnp.float32),
             jax.ShapeDtypeStruct((call.B, call.N, call.T), jnp.float32),
         ],
@@ -230,14 +218,20 @@ def _keys_pass(call: _Call, given: Rows, delta: jax.Array) -> list[jax.Array]:
     """The gradients of keys and values, and Σ_i dS_ij."""
     from rbf_jax.ops.gpu.triton import backward
 
-    full, tiles = call.full, call.tiles("keys")
-    bounds = _segment_bounds(full.key_segments, full.query_segments, tiles.block_k, tiles.block_q)
+    key, masking, tiles = call.inputs.key, call.masking, call.tiles("keys")
+    bounds = _segment_bounds(
+        masking.key_segments,
+        masking.query_segments,
+        tiles.block_k,
+        tiles.block_q,
+        call.rules.num_global_keys,
+    )
     return call.run(
         backward.keys_kernel,
         [*call.operands(bounds), given.dout, given.logsumexp, delta, *call.scalars()],
         [
-            jax.ShapeDtypeStruct(full.key.shape, full.key.dtype),
-            jax.ShapeDtypeStruct(full.key.shape, full.key.dtype),
+            jax.ShapeDtypeStruct(key.shape, key.dtype),
+            jax.ShapeDtypeStruct(key.shape, key.dtype),
             jax.ShapeDtypeStruct((call.B, call.N, call.S), jnp.float32),
         ],
         programs=call.B * call.K * _cdiv(call.S, tiles.block_k),
@@ -245,48 +239,22 @@ def _keys_pass(call: _Call, given: Rows, delta: jax.Array) -> list[jax.Array]:
     )
 
 
-def one_pass(
-    name: Pass,
-    inputs: Inputs,
-    options: Options,
-    out: jax.Array,
-    dout: jax.Array,
-    logsumexp: jax.Array,
-    delta: jax.Array,
-) -> Sequence[jax.Array]:
-    """Runs the kernels of one pass alone, as `experiments.autotune` does; returns what they write.
-
-    The forward pass reads nothing after the options, and "queries" no δ; out, logsumexp and δ are
-    as the passes before return them.
-    """
-    call = _Call(_plan(options), *split(inputs, Masking()))
-    if name == "forward":
-        return _forward_pass(call)
-    given = Rows(out, dout, logsumexp, None)
-    return _queries_pass(call, given) if name == "queries" else _keys_pass(call, given, delta)
-
-
-def _forward(inputs: Inputs, masking: Masking, options: Options):
-    return program.forward(_forward_kernels, _plan(options), inputs, masking)
-
-
-def _backward(residuals: Residuals, dout: jax.Array, dlogsumexp: jax.Array, options: Options):
-    given = dlogsumexp if options.return_residual else None
-    return program.backward(_backward_kernels, _plan(options), residuals, dout, given)
-
-
-PASSES = Passes(_forward, _backward, natural_logsumexp, own_logsumexp)
-attend = with_custom_vjp(PASSES)
+PASSES = passes(_plan, _forward_kernels, _backward_kernels)
 
 
 def _segment_bounds(
-    row_segments: jax.Array | None, column_segments: jax.Array | None, row_block: int, block: int
+    row_segments: jax.Array | None,
+    column_segments: jax.Array | None,
+    row_block: int,
+    block: int,
+    num_global_rows: int = 0,
 ) -> jax.Array | None:
     """From which to which column the segments of each block of rows may be found.
 
     Returns:
       int32 (B, blocks of rows, 2): start and stop, whole blocks of columns; None without segments.
-      All columns between them are to be visited, some of which may be of other segments.
+      All columns between them are to be visited, some of which may be of other segments. Blocks
+      that hold one of the first `num_global_rows` rows may find theirs anywhere.
     """
     if row_segments is None or column_segments is None:
         return None
@@ -303,6 +271,8 @@ def _segment_bounds(
     first = jnp.argmax(meet, axis=-1)
     last = meet.shape[-1] - jnp.argmax(meet[..., ::-1], axis=-1)
     last = jnp.where(meet.any(-1), last, first)
+    anywhere = jnp.arange(meet.shape[1], dtype=jnp.int32) * row_block < num_global_rows
+    first, last = jnp.where(anywhere, 0, first), jnp.where(anywhere, meet.shape[-1], last)
     return jnp.stack([first, last], axis=-1).astype(jnp.int32) * block
 
 

@@ -1,6 +1,7 @@
-"""What the kernels share: which program does which tile, which keys it must see, who may attend.
+"""What the kernels share: which program does which tile, which blocks it visits, masks and logits.
 
-B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, as everywhere.
+These are the statements of logits.py once more, as jit helpers. `RULES` is a `call.Rules`, `HEADS`
+a `Heads`. B batch, T queries, S keys, N query heads, K key/value heads, H head dimension.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ import dataclasses
 
 import triton
 import triton.language as tl
-
-from rbf_jax.ops.gpu.program import CommonRules
 
 # Rows of float32 arrays that hold one number per query or key are this long, or a multiple of it,
 # so that they can be read 16 bytes at a time.
@@ -21,41 +20,18 @@ PARTS = tl.constexpr(8)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules(CommonRules):
-    """The static rules of a call: which code the kernels contain. Read as `RULES` in a kernel.
+class Heads:
+    """The numbers of heads that a kernel is compiled for.
 
     Attributes:
       num_heads: N.
       num_kv_heads: K.
       head_dim: H.
-      left: query i attends to keys j ≥ i − left; −1 for no such rule.
-      right: query i attends to keys j ≤ i + right; −1 for no such rule.
-      segments: whether there are any.
-      mask: whether there is one.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    left: int = -1
-    right: int = -1
-    segments: bool = False
-    mask: bool = False
-
-    @property
-    def left_rule(self) -> bool:
-        """Whether the first keys, or the last queries of a key, are cut off by a rule."""
-        return self.left >= 0
-
-    @property
-    def right_rule(self) -> bool:
-        """Whether the last keys, or the first queries of a key, are cut off by a rule."""
-        return self.causal or self.right >= 0
-
-    @property
-    def any_pair(self) -> bool:
-        """Whether position alone does not say who may attend to whom."""
-        return self.segments or self.mask
 
 
 @triton.jit
@@ -93,49 +69,68 @@ def zero(length):
 
 
 @triton.jit
-def key_range(first, last, num_keys, BLOCK: tl.constexpr, RULES: tl.constexpr):
-    """Which keys the queries at positions `first` to `last` may attend to.
+def visible_keys(first, last, num_keys, BLOCK: tl.constexpr, RULES: tl.constexpr):
+    """Which keys the queries at positions `first` to `last` may attend to, but for global keys.
 
     Returns:
-      start, inner_start, inner_stop, stop: keys from start to stop are to be visited; between the
-      inner two, which are whole blocks, every one of the queries may attend to every key.
+      start, inner_start, inner_stop, stop: visit the keys from start to stop; between the inner
+      two, which are whole blocks, position allows every pair.
     """
     start, stop, inner_start, inner_stop = zero(num_keys), num_keys, zero(num_keys), num_keys
-    if RULES.causal:
-        stop = tl.minimum(stop, last + 1)
-        inner_stop = tl.minimum(inner_stop, first + 1)
     RIGHT: tl.constexpr = RULES.right
-    if RIGHT >= 0:
+    if RIGHT is not None:
         stop = tl.minimum(stop, last + RIGHT + 1)
         inner_stop = tl.minimum(inner_stop, first + RIGHT + 1)
     LEFT: tl.constexpr = RULES.left
-    if LEFT >= 0:
+    if LEFT is not None:
         start = tl.maximum(first - LEFT, 0) // BLOCK * BLOCK
         inner_start = tl.cdiv(tl.maximum(last - LEFT, 0), BLOCK) * BLOCK
     return start, inner_start, tl.maximum(inner_stop // BLOCK * BLOCK, inner_start), stop
 
 
 @triton.jit
-def query_range(first, last, num_queries, BLOCK: tl.constexpr, RULES: tl.constexpr):
-    """Which queries may attend to the keys `first` to `last`, as `key_range` says it of keys.
+def with_global_keys(start, stop, last, num_keys, RULES: tl.constexpr):
+    """Adds the global keys to the range from `start` to `stop`.
 
-    The first query is at position 0.
+    Returns:
+      global_stop, stop: visit the keys before global_stop as well.
+    """
+    global_stop = zero(num_keys)
+    GLOBAL: tl.constexpr = RULES.num_global_keys
+    if GLOBAL > 0:
+        end = tl.minimum(num_keys, GLOBAL)
+        if RULES.causal:
+            end = tl.minimum(end, last + 1)
+        global_stop = tl.minimum(end, start)
+        stop = tl.where(start < end, tl.maximum(stop, end), stop)
+    return global_stop, stop
+
+
+@triton.jit
+def visible_queries(key, first, last, num_queries, BLOCK: tl.constexpr, RULES: tl.constexpr):
+    """Which queries may attend to the keys from `key` on, as `visible_keys` says it of keys.
+
+    The first query is at position 0, the keys are at positions `first` to `last`.
     """
     start, stop = zero(num_queries), num_queries
     inner_start, inner_stop = zero(num_queries), num_queries
     LEFT: tl.constexpr = RULES.left
-    if LEFT >= 0:
+    if LEFT is not None:
         stop = tl.minimum(stop, last + LEFT + 1)
         inner_stop = tl.minimum(inner_stop, first + LEFT + 1)
+    RIGHT: tl.constexpr = RULES.right
     if RULES.causal:
         start = first
         inner_start = last
-    RIGHT: tl.constexpr = RULES.right
-    if RIGHT >= 0:
+    elif RIGHT is not None:
         start = tl.maximum(start, first - RIGHT)
         inner_start = tl.maximum(inner_start, last - RIGHT)
-    if RULES.offset:  # keys may be before the first query
+    if RULES.has_offset:  # keys may be before the first query
         start, inner_start = tl.maximum(start, 0), tl.maximum(inner_start, 0)
+    if RULES.num_global_keys > 0 and not RULES.causal:
+        start = tl.where(key < RULES.num_global_keys, 0, start)
+    if RULES.num_global_keys > 0:
+        stop = tl.where(key < RULES.num_global_keys, num_queries, stop)
     start = start // BLOCK * BLOCK
     inner_start = tl.cdiv(inner_start, BLOCK) * BLOCK
     return start, inner_start, tl.maximum(inner_stop // BLOCK * BLOCK, inner_start), stop
@@ -144,19 +139,19 @@ def query_range(first, last, num_queries, BLOCK: tl.constexpr, RULES: tl.constex
 @triton.jit
 def position_of(offsets_ptr, batch, RULES: tl.constexpr):
     """The position of query 0."""
-    if RULES.offset:
+    if RULES.has_offset:
         return tl.load(offsets_ptr + batch)
     else:
         return 0
 
 
 @triton.jit
-def load_rows(pointers, rows, stop, WHOLE: tl.constexpr, RULES: tl.constexpr):
+def load_rows(pointers, rows, stop, WHOLE: tl.constexpr, HEADS: tl.constexpr):
     """Loads a tile of vectors, (rows, features): 0 beyond row `stop` and beyond feature H.
 
     `WHOLE` promises that all rows are before `stop`.
     """
-    H: tl.constexpr = RULES.head_dim
+    H: tl.constexpr = HEADS.head_dim
     PADDED: tl.constexpr = pointers.shape[1]
     if PADDED == H:
         if WHOLE:
@@ -181,9 +176,9 @@ def load_numbers(pointers, rows, stop, other, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def store_rows(pointers, tile, rows, stop, RULES: tl.constexpr):
+def store_rows(pointers, tile, rows, stop, HEADS: tl.constexpr):
     """Stores a tile of vectors in the type of the pointers, up to row `stop` and feature H."""
-    H: tl.constexpr = RULES.head_dim
+    H: tl.constexpr = HEADS.head_dim
     PADDED: tl.constexpr = pointers.shape[1]
     inside = (rows < stop)[:, None]
     if PADDED != H:
@@ -192,39 +187,91 @@ def store_rows(pointers, tile, rows, stop, RULES: tl.constexpr):
 
 
 @triton.jit
-def may_attend(rows, columns, key_stop, row_segments, column_segments, RULES: tl.constexpr):
-    """Who may attend to whom in a tile; positions of rows and columns broadcast to each other.
+def allowed_pairs(
+    rows,
+    positions,
+    columns,
+    segments,
+    mask,
+    shape,
+    RULES: tl.constexpr,
+):
+    """Who may attend to whom in a tile; what belongs to rows and to columns broadcasts together.
 
-    So do their segments. Rows beyond the last query attend by position: what they give is not
-    stored.
+    Rows beyond the last query attend by position: what they give is not stored.
+
+    Args:
+      rows: indices of the queries.
+      positions: their positions.
+      columns: indices of the keys.
+      segments: those of the queries and of the keys.
+      mask: pointer to the head's matrix, strides of its rows and columns.
+      shape: T, where the keys end, S.
+      RULES: the rules.
+
+    Returns:
+      allowed, and whether any pair is.
     """
-    allowed = columns < key_stop
-    if RULES.causal:
-        allowed = allowed & (columns <= rows)
+    T, key_stop, S = shape
+    row_segments, column_segments = segments
+    mask_ptr, row_stride, column_stride = mask
+    near = columns < key_stop
     LEFT: tl.constexpr = RULES.left
-    if LEFT >= 0:
-        allowed = allowed & (columns >= rows - LEFT)
     RIGHT: tl.constexpr = RULES.right
-    if RIGHT >= 0:
-        allowed = allowed & (columns <= rows + RIGHT)
-    if RULES.segments:
-        allowed = allowed & (row_segments == column_segments)
-    return allowed
+    GLOBAL: tl.constexpr = RULES.num_global_keys
+    if RULES.causal:
+        near = near & (columns <= positions)
+    local = near
+    if LEFT is not None:
+        local = local & (columns >= positions - LEFT)
+    if RIGHT is not None and not RULES.causal:
+        local = local & (columns <= positions + RIGHT)
+    if RULES.has_segments:
+        local = local & (row_segments == column_segments)
+    if GLOBAL > 0:
+        local = local | (near & (columns < GLOBAL))
+    any_allowed = True
+    if RULES.has_mask:
+        inside = (rows < T) & (columns < S)
+        offsets = rows.to(tl.int64) * row_stride + columns * column_stride
+        local = local & (tl.load(mask_ptr + offsets, mask=inside, other=0) != 0)
+        any_allowed = tl.max(tl.max(local.to(tl.int32), 1), 0) > 0
+    return local, any_allowed
+
+
+@triton.jit
+def rbf_logits(
+    products, penalties, head, positions, columns, allowed, RULES: tl.constexpr, WHOLE: tl.constexpr
+):
+    """The logits of a tile in base 2: c q·k − w‖k‖², with ALiBi, −∞ where a pair is not allowed.
+
+    Args:
+      products: q·k.
+      penalties: w‖k‖², broadcasts to the tile.
+      head: c and the ALiBi slope, both times log₂e.
+      positions: of the queries, broadcasts to the tile.
+      columns: of the keys, likewise.
+      allowed: the pairs.
+      RULES: the rules.
+      WHOLE: every pair is allowed.
+    """
+    scale, slope = head
+    logits = products * scale - penalties
+    if RULES.has_alibi:
+        distance = tl.abs(positions - columns)
+        if RULES.num_global_keys > 0:
+            distance = tl.where(columns < RULES.num_global_keys, 0, distance)
+        logits -= slope * distance.to(tl.float32)
+    if not WHOLE:
+        logits = tl.where(allowed, logits, -float("inf"))
+    return logits
 
 
 @triton.jit
 def within_segments(bounds_ptr, batch, tile, num_tiles, start, stop, RULES: tl.constexpr):
     """Narrows [start, stop) to the blocks that share a segment with the tile: (B, tiles, 2)."""
-    if RULES.segments:
+    if RULES.has_segments:
         bounds_ptr += (batch * num_tiles + tile) * 2
         start = tl.maximum(start, tl.load(bounds_ptr))
         stop = tl.minimum(stop, tl.load(bounds_ptr + 1))
     return start, stop
-
-
-@triton.jit
-def load_mask(mask_ptr, rows, columns, row_stride, column_stride, num_rows, num_columns):
-    """A tile of the mask, True = attend; False outside of it."""
-    inside = (rows < num_rows) & (columns < num_columns)
-    offsets = rows.to(tl.int64) * row_stride + columns * column_stride
-    return tl.load(mask_ptr + offsets, mask=inside, other=0) != 0

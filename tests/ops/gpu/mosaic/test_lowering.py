@@ -1,6 +1,5 @@
 """The Mosaic GPU kernels in programs for CUDA, and what it refuses; a GPU is pretended."""
 
-import dataclasses
 import functools
 import re
 
@@ -13,10 +12,18 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
+from rbf_jax.ops.call import Rules
 from rbf_jax.ops.gpu import device
 from rbf_jax.ops.gpu.mosaic import backward_fused, backward_keys, backward_queries, common, forward
 from rbf_jax.ops.gpu.mosaic import passes as attention
-from rbf_jax.ops.gpu.mosaic.config import HEAD_DIMS, Tiles, choose, choose_backward, override_tiles
+from rbf_jax.ops.gpu.mosaic.config import (
+    HEAD_DIMS,
+    BackwardTiles,
+    ForwardTiles,
+    choose,
+    choose_backward,
+    use_tiles,
+)
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 from tests.harness.selected import by_default
 
@@ -26,7 +33,6 @@ exhaustive = pytest.mark.exhaustive
 T, S = 1031, 2053
 B, N, K = 2, 4, 2
 CALL = re.compile(r"custom_call @mosaic_gpu\w*\(")
-ONE_KERNEL = Tiles(block_k=64, pingpong=False, one_kernel=True)
 
 
 def _shapes(H=64, dtype=jnp.bfloat16):
@@ -62,6 +68,7 @@ def _kernels(function, *arguments) -> tuple[int, int]:
             256, jnp.float16, {"key_value_seq_lengths": jnp.array([5, 900])}, marks=exhaustive
         ),
         (80, jnp.bfloat16, {"alibi_slopes": jnp.ones(N), "query_seq_lengths": jnp.array([5, 9])}),
+        (64, jnp.bfloat16, {"sink_logits": jnp.ones(N), "local_window_size": (100, 0)}),
     ],
 )
 def test_forward(H, dtype, options):
@@ -70,17 +77,16 @@ def test_forward(H, dtype, options):
     assert len(CALL.findall(program)) == 1
 
 
-OVERRIDES = [
-    Tiles(block_k=64, stages=3),
-    Tiles(block_k=256, consumers=1, pingpong=False),
-    Tiles(consumers=3, pingpong=False),
-    Tiles(visits=4),
+FORWARD_TILES = [
+    ForwardTiles(block_k=64, stages=3),
+    ForwardTiles(block_k=192),
+    ForwardTiles(tiles_per_cta=4),
 ]
 
 
-@pytest.mark.parametrize("tiles", by_default(OVERRIDES[-1:], OVERRIDES), ids=str)
-def test_override_tiles_is_taken(tiles):
-    with override_tiles(tiles):
+@pytest.mark.parametrize("tiles", by_default(FORWARD_TILES[-1:], FORWARD_TILES), ids=str)
+def test_use_tiles_is_taken(tiles):
+    with use_tiles(tiles):
         program = _program(lambda *x: _attend(*x), *_shapes())
     assert len(CALL.findall(program)) == 1
     assert program != _program(lambda *x: _attend(*x), *_shapes())
@@ -96,7 +102,7 @@ def test_backward(H):
 
     program = _program(jax.grad(loss, argnums=(0, 1, 2)), *_shapes(H))
     H = H if H in HEAD_DIMS else 128
-    assert len(CALL.findall(program)) == (2 if choose_backward(H).one_kernel else 3)
+    assert len(CALL.findall(program)) == (2 if choose_backward(H).fused else 3)
     for tiles in (choose(H, False, T, B * N), choose_backward(H)):
         assert f"tensor<{B}x{N}x{-(-T // tiles.rows) * tiles.rows}xf32>" in program
 
@@ -108,13 +114,13 @@ def test_backward(H):
         [(64, {"local_window_size": (100, 50)}), (128, {"is_causal": True, "origin_sink": True})],
     ),
 )
-def test_backward_in_one_kernel(H, options):
+def test_fused_backward(H, options):
     """It adds to an array of zeros that it is given; nothing else does."""
 
     def loss(*x):
         return _attend(*x, **options).astype(jnp.float32).sum()
 
-    with override_tiles(None, ONE_KERNEL):
+    with use_tiles(backward=BackwardTiles(fused=True)):
         program = _program(jax.grad(loss, argnums=(0, 1, 2)), *_shapes(H))
     calls = [line for line in program.splitlines() if CALL.search(line)]
     assert len(calls) == 2
@@ -197,7 +203,11 @@ def test_a_ring_asks_by_its_chunks(monkeypatch, length, options, mosaic):
                 "query_segment_ids": jnp.zeros((B, T), jnp.int32),
                 "key_value_segment_ids": jnp.zeros((B, S), jnp.int32),
             },
-            "does not support query_segment_ids and key_value_segment_ids",
+            "does not support query_segment_ids, key_value_segment_ids",
+        ),
+        (
+            {"num_global_keys": 3, "is_causal": True, "local_window_size": 9},
+            "does not support num_global_keys",
         ),
         ({"H": 264}, "supports head dimensions up to 256, not 264"),
         ({"dtype": jnp.float32}, "supports bfloat16 and float16, not float32"),
@@ -231,21 +241,26 @@ KERNELS = {
     "keys": backward_keys.keys,
     "gradients": backward_fused.gradients,
 }
-THREE = Tiles(block_k=64, stages=3, consumers=3, pingpong=False)
+MEMORY = {
+    "forward": forward.memory_of,
+    "queries": backward_queries.memory_of,
+    "keys": backward_keys.memory_of,
+    "gradients": backward_fused.memory_of,
+}
 
 
 @pytest.mark.parametrize("H", [64, 256])
 @pytest.mark.parametrize(
     ("kernel", "tiles"),
     [
-        ("forward", Tiles()),
-        ("forward", dataclasses.replace(THREE, visits=3)),
-        ("queries", THREE),
-        ("queries", Tiles(block_q=128, consumers=1, pingpong=False)),
-        ("keys", THREE),
-        ("keys", Tiles(block_q=128, block_k=64, pingpong=False)),
-        ("gradients", ONE_KERNEL),
-        ("gradients", dataclasses.replace(THREE, one_kernel=True)),
+        ("forward", ForwardTiles()),
+        ("forward", ForwardTiles(block_k=64, stages=3, tiles_per_cta=3)),
+        ("queries", BackwardTiles(stages=3)),
+        ("queries", BackwardTiles(consumers=1)),
+        ("keys", BackwardTiles(stages=3)),
+        ("keys", BackwardTiles(consumers=1)),
+        ("gradients", BackwardTiles(fused=True)),
+        ("gradients", BackwardTiles(fused=True, stages=3)),
     ],
 )
 def test_shared_memory_is_what_the_kernel_asks_for(kernel, tiles, H):
@@ -253,10 +268,13 @@ def test_shared_memory_is_what_the_kernel_asks_for(kernel, tiles, H):
     numbers = jax.ShapeDtypeStruct((1, 1, 768), jnp.float32)
     per_head = jax.ShapeDtypeStruct((1, 3, 1), jnp.float32)
     inputs = query, key, value, numbers, per_head, jax.ShapeDtypeStruct((1, 3), jnp.int32)
-    rules = common.Rules(768, 768, online=kernel != "forward")
-    call = functools.partial(KERNELS[kernel], rules=rules, tiles=tiles)
+    sizes = {"rules": Rules(), "true_lengths": common.Lengths(768, 768), "tiles": tiles}
+    if kernel == "forward":
+        sizes["online"] = False
+    call = functools.partial(KERNELS[kernel], **sizes)
     traced = jax.jit(call).trace(inputs, (query, numbers, numbers))
-    asked = f"smem_bytes={tiles.shared_memory(kernel, H)} "
+    memory = common.shared_memory(MEMORY[kernel](key, tiles), reductions=kernel != "gradients")
+    asked = f"smem_bytes={memory} "
     with mosaic_gpu.artificial_shared_memory_limit(0), pytest.raises(ValueError, match=asked):
         traced.lower(lowering_platforms=("cuda",))
 

@@ -14,9 +14,10 @@ import pytest
 
 triton = pytest.importorskip("triton")  # Linux only
 
+from rbf_jax.ops.call import Rules  # noqa: E402
 from rbf_jax.ops.gpu.triton import backward, forward  # noqa: E402
 from rbf_jax.ops.gpu.triton import config as tiles  # noqa: E402
-from rbf_jax.ops.gpu.triton.tile import Rules  # noqa: E402
+from rbf_jax.ops.gpu.triton.tile import Heads  # noqa: E402
 from tests.harness.selected import by_default  # noqa: E402
 
 BIN = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -66,7 +67,8 @@ def _compile(name: str, chosen: tiles.Tiles, head_dim: int, dtype: str, causal: 
     kernel = KERNELS[name]
     num_heads = max(1, 2048 // head_dim)
     constants = {
-        "RULES": Rules(num_heads, num_heads, head_dim, causal=causal),
+        "RULES": Rules(right=0 if causal else None),
+        "HEADS": Heads(num_heads, num_heads, head_dim),
         "BLOCK_Q": chosen.block_q,
         "BLOCK_K": chosen.block_k,
         "BLOCK_H": tiles.padded_head_dim(head_dim),

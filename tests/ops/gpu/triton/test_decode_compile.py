@@ -12,11 +12,12 @@ import pytest
 
 triton = pytest.importorskip("triton")  # Linux only
 
+from rbf_jax.ops.call import Rules  # noqa: E402
 from rbf_jax.ops.decode import triton as decode  # noqa: E402
 from rbf_jax.ops.decode import triton_kernels  # noqa: E402
 from rbf_jax.ops.gpu import device  # noqa: E402
 from rbf_jax.ops.gpu.triton import config as tiles  # noqa: E402
-from rbf_jax.ops.gpu.triton.tile import Rules  # noqa: E402
+from rbf_jax.ops.gpu.triton.tile import Heads  # noqa: E402
 from tests.harness.selected import by_default  # noqa: E402
 from tests.ops.gpu.triton.test_compile import TYPES, compiled_for, registers_and_stack  # noqa: E402
 
@@ -40,9 +41,9 @@ def _sizes(rows, head_dim, dtype, target):
 def _compile(sizes, rows, head_dim, dtype, target):
     group = min(rows, 8)
     constants = {
-        "RULES": Rules(K * group, K, head_dim, causal=True, left=4000, slopes=True, sink=True),
+        "RULES": Rules(left=4000, right=0, num_global_keys=1, sink=True, arrays=("alibi_slopes",)),
+        "HEADS": Heads(K * group, K, head_dim),
         "QUERIES": rows // group,
-        "REGISTERS": 1,
         "BLOCK_Q": sizes.tiles.block_q,
         "BLOCK_K": sizes.tiles.block_k,
         "BLOCK_H": tiles.padded_head_dim(head_dim),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from rbf_jax.ops.decode import api as decode
-from rbf_jax.ops.decode.triton import Sizes, override_sizes
+from rbf_jax.ops.decode.triton import Sizes, use_sizes
 from rbf_jax.ops.gpu.triton.config import Tiles
 from tests.harness import contract, decode_cases
 from tests.harness.decode_cases import CASES, EVERYTHING, Case
@@ -37,7 +37,7 @@ LONG = [
 def test_equals_xla(case):
     contract.poison()
     decode_cases.check(case)
-    with override_sizes(Sizes(Tiles(16, 16, 4, 2), 3)):
+    with use_sizes(Sizes(Tiles(16, 16, 4, 2), 3)):
         contract.poison()
         decode_cases.check(case)
 
@@ -51,7 +51,7 @@ def test_equals_xla_where_rows_are_long(case):
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 128])
 @pytest.mark.parametrize("tiles", [Tiles(16, 16, 1, 1), Tiles(32, 32, 4, 2), Tiles(64, 64, 8, 3)])
 def test_any_sizes(num_splits, tiles):
-    with override_sizes(Sizes(tiles, num_splits)):
+    with use_sizes(Sizes(tiles, num_splits)):
         contract.poison()
         decode_cases.check(EVERYTHING)
 

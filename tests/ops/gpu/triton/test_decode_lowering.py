@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from rbf_jax.ops import dispatch
 from rbf_jax.ops.decode import api as decode
 from rbf_jax.ops.decode import triton
 from rbf_jax.ops.decode.cache import KeysValues
-from rbf_jax.ops.decode.triton import Sizes, choose_sizes, override_sizes
+from rbf_jax.ops.decode.triton import Sizes, choose_sizes, use_sizes
 from rbf_jax.ops.gpu import device
 from rbf_jax.ops.gpu.triton import launch
 from rbf_jax.ops.gpu.triton.config import Tiles
@@ -36,7 +37,7 @@ def program(arrays, **options):
 
 
 def test_none_takes_it_where_cuda_is_and_says_so_once(caplog):
-    decode._log_choice.cache_clear()
+    dispatch._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="rbf_jax"):
         text = program(shapes())
         program(shapes(T=2))
@@ -76,7 +77,7 @@ def test_without_a_gpu_it_says_so(monkeypatch):
 
 def test_one_split_needs_no_merge():
     assert program(shapes(S=100), implementation="triton").count(CALL) == 1
-    with override_sizes(Sizes(Tiles(16, 16, 1, 1), 3)):
+    with use_sizes(Sizes(Tiles(16, 16, 1, 1), 3)):
         assert program(shapes(S=100), implementation="triton").count(CALL) == 2
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops.gpu.mosaic.config import Tiles, override_tiles
+from rbf_jax.ops.gpu.mosaic.config import ForwardTiles, use_tiles
 from rbf_jax.ops.gpu.triton import launch
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 from tests.harness import adversarial, cases, contract, random_cases
@@ -149,13 +149,13 @@ on_hopper = pytest.mark.skipif(
 
 @on_hopper
 @pytest.mark.parametrize("causal", [True, False])
-def test_visits_change_no_bit(causal):
-    """A block of threads computes each of its tiles of queries as if it were the only one."""
+def test_tiles_per_cta_change_no_bit(causal):
+    """A CTA computes each of its tiles of queries as if it were the only one."""
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 1000, 4, 64), jnp.bfloat16)
     attend = functools.partial(rbf_attention, is_causal=causal, return_residual=True)
     found = []
-    for visits in (1, 3, 8):
-        with override_tiles(Tiles(visits=visits)):
+    for tiles_per_cta in (1, 3, 8):
+        with use_tiles(ForwardTiles(tiles_per_cta=tiles_per_cta)):
             found.append(jax.jit(functools.partial(attend, implementation="mosaic"))(q, k, v))
     assert_same(found[1], found[0])
     assert_same(found[2], found[0])

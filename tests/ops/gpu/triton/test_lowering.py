@@ -15,10 +15,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops import api
+from rbf_jax.ops import dispatch
 from rbf_jax.ops.gpu import device
 from rbf_jax.ops.gpu.triton import launch
-from rbf_jax.ops.gpu.triton.config import Tiles, override_tiles
+from rbf_jax.ops.gpu.triton.config import Tiles, use_tiles
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 from tests.harness.selected import by_default
 
@@ -134,7 +134,12 @@ OPTIONS = {
         "key_value_segment_ids": jnp.zeros((B, S), jnp.int32),
     },
     "lengths": {"key_value_seq_lengths": jnp.array([5, 9])},
-    "alibi": {"alibi_slopes": jnp.ones(N), "origin_sink": True, "local_window_size": 900},
+    "alibi": {
+        "alibi_slopes": jnp.ones(N),
+        "sink_logits": jnp.ones(N),
+        "local_window_size": 900,
+        "num_global_keys": 70,
+    },
 }
 
 
@@ -155,7 +160,7 @@ def _dimensions(program: str) -> list[list[str]]:
 
 def test_none_takes_it_where_cuda_is_and_says_so_once(caplog, monkeypatch):
     monkeypatch.setattr(device, "target", lambda: device.Target("NVIDIA A100-SXM4-80GB", 80))
-    api._log_choice.cache_clear()
+    dispatch._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="rbf_jax"):
         attend = functools.partial(rbf_attention, is_causal=True)
         program = _program(attend, *_shapes())
@@ -173,9 +178,9 @@ def test_none_on_the_cpu_runs_all_the_same():
     assert rbf_attention(query, key, key, implementation=None).shape == query.shape
 
 
-def test_override_tiles_is_taken():
+def test_use_tiles_is_taken():
     tiles = Tiles(block_q=16, block_k=16, num_warps=1, num_stages=1)
-    with override_tiles(forward=tiles):
+    with use_tiles(forward=tiles):
         small = _program(lambda *x: _attend(*x), *_shapes())
     default = _program(lambda *x: _attend(*x), *_shapes())
     flags = [f"tensor<{B * N * -(-T // block)}xi32>" for block in (16, 64)]

@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 import pytest
 
-from rbf_jax.ops.call import Inputs, Masking, Options
+from rbf_jax.ops.call import Inputs, Masking, Rules
 from rbf_jax.ops.gpu import device, program
 from rbf_jax.ops.gpu.triton import config as tiles
 from rbf_jax.ops.gpu.triton import passes as attention
-from rbf_jax.ops.gpu.triton.config import PASSES, Tiles, choose, default_tiles, override_tiles
+from rbf_jax.ops.gpu.triton.config import PASSES, Tiles, choose, default_tiles, use_tiles
 
 CALL = {"head_dim": 64, "dtype": "bfloat16", "causal": True, "length": 4096}
 H100 = {"gpu": "NVIDIA H100 80GB HBM3", "compute_capability": 90}
@@ -74,7 +74,7 @@ def test_classes_of_lengths(table, length, name):
     assert choose("keys", **{**CALL, "length": length}, **H100) == A
 
 
-def test_an_override_comes_before_the_table(table, monkeypatch):
+def test_tiles_in_use_come_before_the_table(table, monkeypatch):
     table(entry(A), entry(B, **{"pass": "forward"}))
     monkeypatch.setattr(device, "target", lambda: device.Target(H100["gpu"], 90))
 
@@ -82,14 +82,14 @@ def test_an_override_comes_before_the_table(table, monkeypatch):
         array = jnp.ones((1, 4096, 2, 64), jnp.bfloat16)
         numbers = jnp.ones((2,))
         inputs = Inputs(array, array, array, numbers, numbers)
-        plan = attention._plan(Options(is_causal=True))
-        call = attention._Call(plan, *program.split(inputs, Masking()))
+        plan = attention._plan(Rules(right=0))
+        call = attention._Call(plan, *program.with_batch_axis(inputs, Masking()))
         return call.tiles("forward"), call.tiles("keys")
 
     assert chosen() == (B, A)
-    with override_tiles(keys=C):
+    with use_tiles(keys=C):
         assert chosen() == (B, C)
-        with override_tiles(keys=B, forward=C):
+        with use_tiles(keys=B, forward=C):
             assert chosen() == (C, B)
         assert chosen() == (B, C)
     assert chosen() == (B, A)

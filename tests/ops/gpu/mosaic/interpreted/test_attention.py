@@ -12,17 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rbf_jax.ops.call import Options
+from rbf_jax.ops.call import Rules
+from rbf_jax.ops.dispatch import ATTENTION
 from rbf_jax.ops.gpu.mosaic import forward
 from rbf_jax.ops.gpu.mosaic import passes as attention
-from rbf_jax.ops.gpu.mosaic.config import Tiles, override_tiles
+from rbf_jax.ops.gpu.mosaic.config import BackwardTiles, ForwardTiles, use_tiles
 from tests.harness import adversarial, cases, contract, kernels
 from tests.harness.selected import by_default
 
-TILES = Tiles(block_k=64)
-MANY_VISITS = Tiles(block_k=64, visits=3)
-TWO_KERNELS = Tiles(block_k=64, pingpong=False)
-ONE_KERNEL = dataclasses.replace(TWO_KERNELS, one_kernel=True)
+TILES = ForwardTiles(block_k=64)
+MANY_TILES = ForwardTiles(block_k=64, tiles_per_cta=3)
+TWO_KERNELS = BackwardTiles()
+FUSED = BackwardTiles(fused=True)
 ADVERSARIAL = {case.name: case for case in adversarial.CASES}
 LENGTHS_AND_SINK = cases.case(
     "lengths_and_sink",
@@ -40,7 +41,7 @@ TILES_AND_RULES = {
     "K": 1,
     "H": 80,
     "per_head": True,
-    "origin_sink": True,
+    "sink_logits": cases.sinks(3, -2),
     "alibi_slopes": lambda B, N, *_: 0.1 * np.arange(N),
     "query_seq_lengths": lambda *_: np.array([100], np.int32),
     "key_value_seq_lengths": lambda *_: np.array([270], np.int32),
@@ -74,48 +75,39 @@ def _forward_violations(case, dtype="bfloat16", tiles=TILES):
 
         return program
 
-    with override_tiles(tiles):
+    with use_tiles(tiles):
         return contract.violations(contract.MOSAIC, case, dtype, make=make)
 
 
 def _id(x):
-    kernels = {True: "one_kernel", False: "two_kernels"}.get(getattr(x, "one_kernel", None))
+    kernels = {True: "fused", False: "two_kernels"}.get(getattr(x, "fused", None))
     return getattr(x, "name", kernels or x)
-
-
-@pytest.mark.parametrize(
-    ("name", "consumers"),
-    by_default([("causal_more_queries", 3)], [("multi_query", 1), ("causal_more_queries", 3)]),
-)
-def test_consumers(name, consumers):
-    tiles = Tiles(block_k=64, consumers=consumers, pingpong=False)
-    assert not _forward_violations(BY_NAME[name], tiles=tiles)
 
 
 GRADIENTS = [
     (CAUSAL, "bfloat16", TWO_KERNELS),
-    (WINDOW, "float16", ONE_KERNEL),
+    (WINDOW, "float16", FUSED),
     (BY_NAME["multi_query"], "bfloat16", dataclasses.replace(TWO_KERNELS, consumers=1)),
     (BY_NAME["window_two_sided"], "bfloat16", TWO_KERNELS),
     (LENGTHS_AND_SINK, "float16", TWO_KERNELS),
     (BY_NAME["alibi"], "bfloat16", TWO_KERNELS),
-    (BY_NAME["grouped"], "bfloat16", ONE_KERNEL),
-    (BY_NAME["window_two_sided"], "float16", dataclasses.replace(ONE_KERNEL, stages=3)),
-    (LENGTHS_AND_SINK, "float16", ONE_KERNEL),
+    (BY_NAME["grouped"], "bfloat16", FUSED),
+    (BY_NAME["window_two_sided"], "float16", dataclasses.replace(FUSED, stages=3)),
+    (LENGTHS_AND_SINK, "float16", FUSED),
 ]
 
 
 @pytest.mark.parametrize(("case", "dtype", "tiles"), by_default(GRADIENTS[:2], GRADIENTS), ids=_id)
 def test_values_and_gradients(case, dtype, tiles):
-    with override_tiles(TILES, tiles):
+    with use_tiles(TILES, tiles):
         assert not contract.violations(contract.MOSAIC, case, dtype)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("backward", [TWO_KERNELS, ONE_KERNEL], ids=["two", "one"])
+@pytest.mark.parametrize("backward", [TWO_KERNELS, FUSED], ids=["two", "fused"])
 @pytest.mark.parametrize("case", [STEPS, WHOLE_STEPS], ids=lambda case: case.name)
 def test_more_steps_than_stages(case, backward):
-    with override_tiles(TILES, backward):
+    with use_tiles(TILES, backward):
         assert not contract.violations(contract.MOSAIC, case, "bfloat16")
 
 
@@ -124,21 +116,21 @@ def test_more_steps_than_stages_in_float16():
     assert not _forward_violations(STEPS, "float16")
 
 
-def test_many_tiles_in_a_block_of_threads():
-    """Five tiles for blocks of three, one of which is beyond the queries."""
-    assert not _forward_violations(WHOLE_STEPS, tiles=MANY_VISITS)
+def test_many_tiles_in_a_cta():
+    """Five tiles for CTAs of three, one of which is beyond the queries."""
+    assert not _forward_violations(WHOLE_STEPS, tiles=MANY_TILES)
 
 
 def test_gate_of_one_tile_of_many():
     shape = {"T": 260, "S": 150, "N": 1, "K": 1}
     case = adversarial.case("one", "some", _second_tile_far, **shape)
-    assert not _forward_violations(case, tiles=MANY_VISITS)
+    assert not _forward_violations(case, tiles=MANY_TILES)
 
 
 @pytest.mark.exhaustive
 def test_larger_heads():
     case = dataclasses.replace(cases.BY_NAME["grouped"], B=1, H=128, T=70, S=70)
-    assert not _forward_violations(case, tiles=Tiles(block_k=128))
+    assert not _forward_violations(case, tiles=ForwardTiles(block_k=128))
 
 
 GATED = ["far_keys", "one_near_key_causal", "tiny_weight", "huge_values", "queries_beyond"]
@@ -156,7 +148,7 @@ def _second_tile_far(query, key):
 
 @pytest.mark.exhaustive
 def test_gate_of_one_warpgroup():
-    """All of the block go over the keys again, in as many steps."""
+    """All of the CTA go over the keys again, in as many steps."""
     shape = {"T": 128, "S": 300, "N": 1, "K": 1}
     assert not _forward_violations(adversarial.case("one", "some", _second_tile_far, **shape))
 
@@ -180,18 +172,18 @@ def test_without_the_gate_it_is_wrong(name, monkeypatch):
 def test_vmap_folds_the_axis_into_the_batch():
     inputs = cases.BY_NAME["causal"].arrays(jnp.bfloat16)[:3]
     attend = functools.partial(contract.MOSAIC.attend, is_causal=True)
-    with override_tiles(TILES):
+    with use_tiles(TILES):
         want = attend(*inputs)
         got = jax.vmap(attend)(*[x[:, None] for x in inputs])
     np.testing.assert_array_equal(np.asarray(got[:, 0]), np.asarray(want))
 
 
 @pytest.mark.parametrize(
-    ("options", "starts", "backward"),
+    ("rules", "starts", "backward"),
     [
-        (Options(is_causal=True, return_residual=True), (50, 5), ONE_KERNEL),
+        (Rules(right=0, return_residual=True), (50, 5), FUSED),
         pytest.param(
-            Options(window=(9, 3), return_residual=True),
+            Rules(left=9, right=3, return_residual=True),
             (-30, -7),
             TWO_KERNELS,
             marks=pytest.mark.exhaustive,
@@ -199,15 +191,14 @@ def test_vmap_folds_the_axis_into_the_batch():
     ],
     ids=["causal", "window"],
 )
-def test_offsets(options, starts, backward):
-    with override_tiles(TILES, backward):
-        kernels.check_offset(
-            attention.attend, options, starts, "bfloat16", 3e-2, T=40, S=90, N=1, K=1
-        )
+def test_offsets(rules, starts, backward):
+    with use_tiles(TILES, backward):
+        attend = ATTENTION["mosaic"].attend
+        kernels.check_offset(attend, rules, starts, "bfloat16", 3e-2, T=40, S=90, N=1, K=1)
 
 
 @pytest.mark.exhaustive
 def test_ring():
-    options = Options(is_causal=True, origin_sink=True, return_residual=True)
-    with override_tiles(Tiles(block_k=64, consumers=1, pingpong=False), ONE_KERNEL):
-        kernels.check_ring(attention.PASSES, options, "bfloat16", 3e-2, T=40, S=40, B=1, N=1, K=1)
+    rules = Rules(right=0, sink=True, return_residual=True)
+    with use_tiles(TILES, FUSED):
+        kernels.check_ring(attention.PASSES, rules, "bfloat16", 3e-2, T=40, S=40, B=1, N=1, K=1)

@@ -22,6 +22,9 @@ DEFAULT = {
     "huge_norms": "bfloat16",
     "small_norms_large_gamma": "float16",
     "large_cotangent": "float16",
+    "sink_logits": "bfloat16",
+    "sink_logits_masked": "float32",
+    "global_keys_everything": "float16",
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rbf_jax.ops.decode import api as decode
-from rbf_jax.ops.decode.triton import Sizes, override_sizes
+from rbf_jax.ops.decode.triton import Sizes, use_sizes
 from rbf_jax.ops.gpu.triton.config import Tiles
 from tests.harness import cases, contract, decode_cases
 from tests.harness import triton_interpreter as interpreter
@@ -19,7 +19,7 @@ from tests.ops import test_decode
 
 
 def sizes(num_splits, block_q=16):
-    return override_sizes(Sizes(Tiles(block_q, 16, 1, 1), num_splits))
+    return use_sizes(Sizes(Tiles(block_q, 16, 1, 1), num_splits))
 
 
 BY_NAME = {(case.name, case.dtype): case for case in CASES}
@@ -30,6 +30,8 @@ DEFAULT = [
     ("registers_alone", "float32"),
     ("nothing_but_the_sink", "float32"),
     ("sink", "bfloat16"),
+    ("sink_logits", "float32"),
+    ("nothing_but_sink_logits", "float32"),
     ("several_tokens", "float32"),
     ("window", "float32"),
     ("window_of_none", "float32"),
@@ -56,13 +58,14 @@ def test_equals_xla(case):
 CONTRACT = [  # a GPU does all
     (test_decode.STEP, "bfloat16"),
     (test_decode.LENGTHS_CAUSAL, "float32"),
+    (test_decode.SINKS_CAUSAL, "float32"),
     (cases.BY_NAME["far_keys"], "float16"),
     (cases.BY_NAME["huge_norms"], "bfloat16"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), by_default(CONTRACT[:2], CONTRACT), ids=test_decode.name_of
+    ("case", "dtype"), by_default(CONTRACT[:3], CONTRACT), ids=test_decode.name_of
 )
 def test_the_operations_contract(case, dtype):
     """Held to float64."""
@@ -107,14 +110,14 @@ def test_gradients_are_those_of_xla():
     arrays = EVERYTHING.arrays()
     query, cache, *places = arrays
     options = EVERYTHING.options()
-    heads = options.pop("gamma"), options.pop("key_norm_weight"), options.pop("alibi_slopes")
+    heads = [options.pop(x) for x in ("gamma", "key_norm_weight", "alibi_slopes", "sink_logits")]
     random = np.random.default_rng(0)
     dout, dlogsumexp = (
         random.standard_normal(s).astype(np.float32) for s in (query.shape, query.shape[:3])
     )
 
     def gradients(implementation):
-        def call(query, cache, gamma, weight, slopes):
+        def call(query, cache, gamma, weight, slopes, sinks):
             return decode.attend(
                 query,
                 cache,
@@ -122,6 +125,7 @@ def test_gradients_are_those_of_xla():
                 gamma=gamma,
                 key_norm_weight=weight,
                 alibi_slopes=slopes,
+                sink_logits=sinks,
                 implementation=implementation,
                 **options,
             )

@@ -6,14 +6,12 @@ Only bfloat16 has one; the other dtypes run the same inputs without.
 import functools
 import itertools
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from triton import language as tl
 
-from rbf_jax.ops.gpu.bound import gated_tiles
 from rbf_jax.ops.gpu.triton import forward
-from rbf_jax.ops.gpu.triton.config import Tiles, override_tiles
+from rbf_jax.ops.gpu.triton.config import Tiles, use_tiles
 from tests.harness import contract, triton_interpreter
 from tests.harness.adversarial import CASES
 from tests.harness.selected import by_default
@@ -24,7 +22,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 @pytest.fixture(autouse=True)
 def _small_tiles():
-    with override_tiles(forward=TILES, queries=TILES, keys=TILES):
+    with use_tiles(forward=TILES, queries=TILES, keys=TILES):
         yield
 
 
@@ -77,23 +75,6 @@ def test_gate(case):
     assert len(flags) == case.B * case.N * 3
     taken = {0.0: "none", 1.0: "all"}.get(flags.mean(), "some")
     assert taken == case.gate, flags
-
-
-SEEN_FROM_OUTSIDE = [c for c in CASES if c.name not in ("queries_beyond", "huge_values")]
-
-
-@pytest.mark.parametrize(
-    "case",
-    by_default([c for c in DEFAULT if c in SEEN_FROM_OUTSIDE], SEEN_FROM_OUTSIDE),
-    ids=lambda case: case.name,
-)
-def test_gated_tiles_says_which(case):
-    """Computed from the outside; lengths of queries and values it does not know."""
-    query, _, _, gamma, weight, *_ = case.arrays(jnp.bfloat16)
-    logsumexp = contract.expected(case, "bfloat16", True, 0)[0].logsumexp
-    found = gated_tiles(query, logsumexp, gamma=gamma, key_norm_weight=weight, block_q=16)
-    _, flags = run_once(case)
-    np.testing.assert_array_equal(np.ravel(found), flags != 0)
 
 
 FORCED = _named("ordinary", "one_near_key_causal", "sink", "row_masked", "queries_beyond")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from rbf_jax.ops.call import Options
-from rbf_jax.ops.gpu.triton import passes as triton
-from rbf_jax.ops.gpu.triton.config import Tiles, override_tiles
+from rbf_jax.ops.call import Rules
+from rbf_jax.ops.dispatch import ATTENTION
+from rbf_jax.ops.gpu.triton.config import Tiles, use_tiles
 from tests.harness import cases, contract, kernels, offsets, random_cases
 from tests.harness.cases import drawn_case
 from tests.harness.selected import by_default
@@ -23,7 +23,7 @@ from tests.harness.selected import by_default
 @contextlib.contextmanager
 def tiles(block_q, block_k, heads_at_once=1):
     chosen = Tiles(block_q, block_k, 1, 1, heads_at_once)
-    with override_tiles(forward=chosen, queries=chosen, keys=chosen):
+    with use_tiles(forward=chosen, queries=chosen, keys=chosen):
         yield
 
 
@@ -88,6 +88,37 @@ PHASES = [
         T=64,
         S=64,
         mask=lambda B, N, T, S: np.kron(np.eye(4, dtype=bool)[::-1], np.ones((16, 16), bool)),
+    ),
+    _one_head("global_keys", T=67, S=67, is_causal=True, local_window_size=5, num_global_keys=3),
+    _one_head(
+        "global_keys_of_many_tiles", T=67, S=80, local_window_size=(3, 2), num_global_keys=53
+    ),
+    _one_head(
+        "global_keys_segments",
+        T=67,
+        S=67,
+        B=2,
+        is_causal=True,
+        num_global_keys=20,
+        **cases.SEGMENTS,
+    ),
+    _one_head(
+        "global_keys_alibi",
+        T=50,
+        S=67,
+        num_global_keys=19,
+        alibi_slopes=lambda *_: np.array([0.2], np.float32),
+    ),
+    _one_head(
+        "global_keys_lengths",
+        T=67,
+        S=67,
+        B=2,
+        local_window_size=(20, 12),
+        num_global_keys=5,
+        sink_logits=cases.sinks(2.0),
+        query_seq_lengths=lambda *_: np.array([40, 64]),
+        key_value_seq_lengths=lambda *_: np.array([64, 2]),
     ),
 ]
 
@@ -160,27 +191,26 @@ def test_what_is_beyond_the_lengths_is_left_out(filling):
 
 
 @pytest.mark.parametrize(
-    ("options", "starts", "slopes"),
+    ("rules", "starts", "slopes"),
     [
-        (Options(is_causal=True, origin_sink=True), (-30, 60), True),
-        (Options(window=(6, 3)), (16, -7), False),
-        (Options(is_causal=True, window=(9, 9)), (5, 33), True),
+        (Rules(right=0, sink=True), (-30, 60), True),
+        (Rules(left=6, right=3), (16, -7), False),
+        (Rules(left=9, right=0, num_global_keys=20), (5, 33), True),
     ],
     ids=["causal", "window", "causal_window"],
 )
-def test_offsets(options, starts, slopes):
-    options = dataclasses.replace(options, return_residual=True)
+def test_offsets(rules, starts, slopes):
+    rules = dataclasses.replace(rules, return_residual=True)
+    attend = ATTENTION["triton"].attend
     with tiles(16, 16):
-        kernels.check_offset(
-            triton.attend, options, starts, "float32", 1e-4, slopes=slopes, T=21, S=37
-        )
+        kernels.check_offset(attend, rules, starts, "float32", 1e-4, slopes=slopes, T=21, S=37)
 
 
 @pytest.mark.exhaustive
 @offsets.parametrize
 def test_offsets_in_a_longer_sequence(name, starts):
     with tiles(16, 16):
-        offsets.check(triton.attend, name, starts, "float32", 2e-4)
+        offsets.check(ATTENTION["triton"].attend, name, starts, "float32", 2e-4)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from rbf_jax import rbf_attention
-from rbf_jax.ops.call import Inputs, Masking, Options, squared_norms
+from rbf_jax.ops.call import Inputs, Masking, Rules, squared_norms
 from rbf_jax.ops.gpu.triton import passes as attention
-from rbf_jax.ops.gpu.triton.config import Tiles, override_tiles
+from rbf_jax.ops.gpu.triton.config import Tiles, use_tiles
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 from tests.harness import kernels
 from tests.harness.selected import by_default
@@ -22,7 +22,7 @@ triton = functools.partial(rbf_attention, implementation="triton")
 
 @pytest.fixture(autouse=True)
 def _small_tiles():
-    with override_tiles(forward=TILES, queries=TILES, keys=TILES):
+    with use_tiles(forward=TILES, queries=TILES, keys=TILES):
         yield
 
 
@@ -131,7 +131,7 @@ def test_remat_keeps_the_named_residuals():
             out, vjp = jax.vjp(f, q, k, v)
             return out, vjp(dout)
 
-        count = str(both.trace(*arrays).jaxpr).count("name=forward_program")
+        count = str(both.trace(*arrays).jaxpr).count("name=compiled") - 1  # of the backward pass
         return count, jax.device_get(both(*arrays)[1])
 
     policies = jax.checkpoint_policies
@@ -177,16 +177,16 @@ def test_norms_that_are_given_are_not_made_again():
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(x, (B, n, h, H)) for x, n, h in zip(keys, (T, S, S), (N, K, K)))
     gamma, weight = jnp.array([0.2, 0.3]), jnp.array([0.5, 0.9])
-    given = Inputs(q, k, v, gamma, weight, 2 * squared_norms(k))
+    given = Inputs(q, k, v, gamma, weight, key_norms=2 * squared_norms(k))
     doubled = Inputs(q, k, v, gamma, 2 * weight)
-    results = [attention.PASSES.forward(x, Masking(), Options()) for x in (given, doubled)]
+    results = [attention.PASSES.forward(x, Masking(), Rules()) for x in (given, doubled)]
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *results)
 
 
 RINGS = {
-    "causal": Options(is_causal=True, origin_sink=True, return_residual=True),
-    "window": Options(window=(13, 4), return_residual=True),
-    "segments": Options(is_causal=True, return_residual=True),
+    "causal": Rules(right=0, sink=True, return_residual=True),
+    "window": Rules(left=13, right=4, return_residual=True),
+    "segments": Rules(right=0, return_residual=True),
 }
 
 
