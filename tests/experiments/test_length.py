@@ -16,7 +16,7 @@ from tests.harness.synthetic_records import make_record
 
 def test_the_plan_has_every_row_once_and_no_confounded_one():
     rows = length.plan("paper")
-    assert len(rows) == 4 * 3 * 3
+    assert len(rows) == 4 * 3 * 4
     assert {row.name for row in rows[:6]} == {
         f"{kind}-{position}-none"
         for kind in ("rbf", "dot", "qknorm")
@@ -39,7 +39,7 @@ def test_one_row(tmp_path, monkeypatch, capsys):
 
     def run(*arguments):
         common = [
-            *("length", "--scale=smoke", "--shard=3/36", f"--out={tmp_path / 'out'}"),
+            *("length", "--scale=smoke", "--shard=3/48", f"--out={tmp_path / 'out'}"),
             f"--records={tmp_path / 'kept'}",
             *("--base.data.source=text", f"--base.data.train_files={tmp_path / 'books.txt'}"),
             f"--base.data.cache_dir={tmp_path / 'cache'}",
@@ -66,7 +66,7 @@ def test_one_row(tmp_path, monkeypatch, capsys):
     assert not record.inside["register"].any()
     table = (tmp_path / "out" / "length.md").read_text()
     assert "| RBF | SuSiE | none |" in table
-    assert "35 of 36 rows have no record" in table
+    assert "47 of 48 rows have no record" in table
 
     # Neither again from its own folder, nor from that of records kept elsewhere.
     monkeypatch.setattr(ensemble, "train_ensemble", None)
@@ -110,7 +110,7 @@ def test_table_and_primary_contrast():
     cells = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     verdicts = ["uses", "degrades", "survives", "open"]
     assert [row[-2] for row in cells if row[-2] in verdicts] == verdicts
-    assert "32 of 36 rows have no record" in table
+    assert "44 of 48 rows have no record" in table
     assert length.primary({"rbf-rope-none": records["rbf-rope-none"]}) is None
 
 
