@@ -187,7 +187,7 @@ def exclude_own_value(out: jax.Array, value: jax.Array) -> jax.Array:
       z, as out, computed in float32; y where v_i is 0.
     """
     y, v = out.astype(jnp.float32), value.astype(jnp.float32)
-    # The length of v is of no account: with its largest component at 1, no square underflows.
+    # Normalize v by its largest component so that squares cannot underflow.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(v), axis=-1, keepdims=True))
     v = v / jnp.where(largest == 0, 1.0, largest)
     v = jnp.repeat(v, out.shape[2] // value.shape[2], axis=2)

@@ -55,15 +55,15 @@ def rbf_attention_fn(
       bias: must be None.
       mask: broadcastable to (..., N, T, S); nonzero or True = attend. Rows with nothing to attend
         to give 0 (Flax gives the mean of all values).
-      broadcast_dropout: of no account without dropout.
-      dropout_rng: of no account without dropout.
+      broadcast_dropout: ignored, as there is no dropout.
+      dropout_rng: ignored, as there is no dropout.
       dropout_rate: must be 0 unless `deterministic`.
       deterministic: no dropout.
       dtype: to which query, key and value are cast; None for their common one.
       precision: must be None or the default: the operation chooses its own.
       module: the layer, linen or nnx, that asks for the attention weights to be sown. They are
         then also computed by the quadratic formula, (..., N, T, S) float32.
-      force_fp32_for_softmax: of no account, softmax is in float32 always.
+      force_fp32_for_softmax: ignored, softmax is in float32 always.
       einsum_dot_general: must be None.
       qk_attn_weights_einsum: must be None.
       attn_weights_value_einsum: must be None.

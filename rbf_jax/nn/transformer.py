@@ -172,7 +172,7 @@ class CausalLM(nn.Module):
         """Reads prompts of different lengths.
 
         Args:
-          tokens: int32 (B, P); what comes after a row's length is of no account.
+          tokens: int32 (B, P); what comes after a row's length is ignored.
           lengths: int32 (B,), 1 to P.
           cache: of `empty_cache`.
 
@@ -208,7 +208,7 @@ class CausalLM(nn.Module):
         Args:
           tokens: int32 (B, T); T is small, as attention takes memory for T times the cache's slots.
           cache: of `prefill` or of this method. Donate it, and nothing is copied.
-          counts: int32 (B,), 0 to T; None for T. Logits beyond are of no account.
+          counts: int32 (B,), 0 to T; None for T. Ignore the logits beyond.
 
         Returns:
           The logits of each position's next token, (B, T, V) float32, and the cache.

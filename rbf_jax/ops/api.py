@@ -153,7 +153,7 @@ def rbf_attention(
       gradient 0. With ``return_residual`` a pair of it and the logsumexp of the logits
       2γ q·k − λγ‖k‖² (ALiBi and sink included), (B, T, N) or (T, N), float32 (float64 for
       float64 inputs), −inf for rows that may attend to nothing; differentiable. With
-      ``normalize=False`` it is that of the weights' exponents, less by γ‖q‖².
+      ``normalize=False`` it is that of the weights' exponents, γ‖q‖² subtracted.
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value, or has no effect beside another.

@@ -15,8 +15,6 @@ import jax
 
 from rbf_jax.ops import call, cudnn, reference, xla
 from rbf_jax.ops.call import Inputs, Masking, Rules
-from rbf_jax.ops.decode import triton as triton_decode
-from rbf_jax.ops.decode import xla as xla_decode
 from rbf_jax.ops.gpu.mosaic import passes as mosaic
 from rbf_jax.ops.gpu.triton import passes as triton
 from rbf_jax.ops.parallel import mesh
@@ -80,13 +78,6 @@ ATTENTION: dict[str, Implementation] = {
     "cudnn": Implementation(cudnn.attend, cudnn.SUPPORTS, cudnn.unsupported),
     "xla": Implementation(with_custom_vjp(xla.PASSES), xla.SUPPORTS, passes=xla.PASSES),
     "reference": Implementation(reference.attend, reference.SUPPORTS),
-}
-# Attention to a cache.
-DECODE: dict[str, Implementation] = {
-    "triton": Implementation(
-        triton_decode.attend, triton_decode.SUPPORTS, triton_decode.unsupported
-    ),
-    "xla": Implementation(xla_decode.attend, xla_decode.SUPPORTS),
 }
 
 

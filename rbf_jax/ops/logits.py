@@ -174,9 +174,9 @@ def merge(
 
 
 class Blocks(NamedTuple):
-    """Blocks of one axis that a tile of the other must visit.
+    """Blocks of one axis that a tile of the other must read.
 
-    Visit 0 to `global_stop`, then `start` to `stop`. Between the inner two every pair is allowed by
+    Read 0 to `global_stop`, then `start` to `stop`. Between the inner two every pair is allowed by
     position.
     """
 
@@ -240,7 +240,7 @@ def visible_queries(
 
 
 def _in_reach(first, last, stop, inner_stop, block, *, before, after) -> Blocks:
-    """The blocks that positions `first` to `last` see, so far `before` and `after` them."""
+    """The blocks that positions `first` to `last` see, up to `before` and `after` them."""
     size, zero = jnp.int32(block), jnp.int32(0)
     start, inner_start = zero, zero
     if after is not None:

@@ -102,7 +102,12 @@ def sink(origin_sink: Any, sink_logits: Any, normalize: bool) -> Any:
 
 
 def refuse_dot_product_arguments(scale: Any, bias: Any) -> None:
-    """Raises for arguments of `jax.nn.dot_product_attention` that have another name here."""
+    """Raises for arguments of `jax.nn.dot_product_attention` that have another name here.
+
+    Raises:
+      ValueError: scale is given.
+      NotImplementedError: bias is given.
+    """
     if scale is not None:
         raise ValueError(
             f"scale={scale!r} is not taken: pass gamma = scale / 2, since the logits are "
@@ -110,7 +115,7 @@ def refuse_dot_product_arguments(scale: Any, bias: Any) -> None:
         )
     if bias is not None:
         raise NotImplementedError(
-            f"bias, a {type(bias).__name__}, is not supported: use mask for entries of −∞, "
+            f"bias of shape {np.shape(bias)} is not supported: use mask for entries of −∞, "
             "alibi_slopes for a penalty of distance, local_window_size or segment ids for blocks."
         )
 
@@ -118,9 +123,11 @@ def refuse_dot_product_arguments(scale: Any, bias: Any) -> None:
 def refuse_dropout(rate: Any, deterministic: Any) -> None:
     """Raises NotImplementedError unless the arguments of Flax's attention layers mean no dropout.
 
-    Anything but the number 0 asks for dropout, a traced rate among it.
+    Anything but None, 0 or `deterministic` of True asks for dropout, a traced rate too.
     """
-    if not deterministic and static_number(rate) != 0:
+    if rate is None or (isinstance(deterministic, (bool, np.bool_)) and deterministic):
+        return
+    if static_number(rate) != 0:
         raise NotImplementedError(
             f"dropout_rate={rate} with deterministic={deterministic} is not supported: attention "
             "weights are never formed, so none can be dropped. Set dropout_rate=0. The "
@@ -128,9 +135,15 @@ def refuse_dropout(rate: Any, deterministic: Any) -> None:
         )
 
 
+def dtype(name: str, array: jax.Array) -> None:
+    """Raises ValueError unless attention is defined for the array's dtype."""
+    if array.dtype.name not in _DTYPES:
+        raise ValueError(f"{name} has dtype {array.dtype}, but must be one of {_DTYPES}.")
+
+
 def global_keys(value: Any, num_keys: int) -> int:
     """Returns `num_global_keys`, from 0 to S."""
-    if not _is_integer(value) or not 0 <= value <= num_keys:
+    if not is_integer(value) or not 0 <= value <= num_keys:
         raise ValueError(
             f"num_global_keys={value!r} must be an int from 0 to the number of keys, {num_keys}."
         )
@@ -150,10 +163,10 @@ def window(value: Any, is_causal: bool, longest: int) -> tuple[int | None, int |
     Causality is right = 0. None where a side reaches `longest`, the longer of T and S, which no
     distance between positions does: there is no such rule then.
     """
-    pair = (value, value) if _is_integer(value) else value
+    pair = (value, value) if is_integer(value) else value
     if pair is None:
         return None, 0 if is_causal else None
-    valid = isinstance(pair, Sequence) and len(pair) == 2 and all(map(_is_integer, pair))
+    valid = isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_integer, pair))
     if not valid or min(pair) < 0:
         raise ValueError(
             f"local_window_size={value!r} must be None, an int ≥ 0 or a pair of them (left, right)."
@@ -179,8 +192,7 @@ def _query_key_value(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array
                 f"{name} has shape {array.shape}, but query, key and value must all be 4-D, "
                 f"(batch, length, heads, head dimension), or all 3-D, without the batch."
             )
-        if array.dtype.name not in _DTYPES:
-            raise ValueError(f"{name} has dtype {array.dtype}, but must be one of {_DTYPES}.")
+        dtype(name, array)
         if array.dtype != query.dtype:
             raise ValueError(
                 f"{name} has dtype {array.dtype}, but must have query's dtype {query.dtype}."
@@ -247,7 +259,8 @@ def _per_head(
     return jnp.broadcast_to(array.astype(dtype), (num_heads,))
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """Whether a value is an int known while tracing; a bool is none."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 

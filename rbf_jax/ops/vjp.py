@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from rbf_jax.ops.call import Inputs, Masking, Rules
-from rbf_jax.ops.parallel.manual_axes import vary_together
+from rbf_jax.ops.manual_axes import vary_together
 
 # Names for jax.checkpoint policies, so that remat can keep what is dear to recompute.
 OUTPUT_NAME = "rbf_attention_out"

@@ -9,11 +9,12 @@ import pytest
 from rbf_jax import rbf_attention
 from rbf_jax.ops import call, dispatch
 from rbf_jax.ops.call import Inputs, Masking, Rules
+from rbf_jax.ops.decode import api as decode
 
 pytestmark = pytest.mark.usefixtures("h100")
 
 B, T, N, K, H = 2, 16, 4, 2, 64
-TABLES = {"attention": dispatch.ATTENTION, "decode": dispatch.DECODE}
+TABLES = {"attention": dispatch.ATTENTION, "decode": decode.IMPLEMENTATIONS}
 EVERY = [(table, name) for table, names in TABLES.items() for name in names]
 ARRAYS = {
     "mask": jnp.ones((1, 1, T, T), bool),

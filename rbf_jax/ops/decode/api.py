@@ -16,10 +16,16 @@ from jax.typing import ArrayLike
 
 from rbf_jax.ops import dispatch, validate
 from rbf_jax.ops.call import Inputs, Masking, Rules, accumulation_dtype
+from rbf_jax.ops.decode import triton, xla
 from rbf_jax.ops.decode.cache import KeysValues
-from rbf_jax.ops.parallel.manual_axes import vary_together
+from rbf_jax.ops.manual_axes import vary_together
 
 Implementation = Literal["triton", "xla"]
+
+IMPLEMENTATIONS: dict[str, dispatch.Implementation] = {
+    "triton": dispatch.Implementation(triton.attend, triton.SUPPORTS, triton.unsupported),
+    "xla": dispatch.Implementation(xla.attend, xla.SUPPORTS),
+}
 
 
 def attend(
@@ -86,7 +92,7 @@ def attend(
         return_residual=True,
     )
     inputs, masking = vary_together((inputs, masking))
-    out, logsumexp = dispatch.attend(implementation, inputs, masking, rules, dispatch.DECODE)
+    out, logsumexp = dispatch.attend(implementation, inputs, masking, rules, IMPLEMENTATIONS)
     assert logsumexp is not None  # noqa: S101 (both implementations return it)
     return out, logsumexp
 
@@ -94,6 +100,7 @@ def attend(
 def _validate(query, cache, starts, lengths, num_registers, window) -> None:
     if query.ndim != 4:
         raise ValueError(f"query has shape {query.shape}, but must be (B, T, N, H).")
+    validate.dtype("query", query)
     B, _, N, H = query.shape
     K, S = cache.key.shape[1:3]
     shapes = (B, K, S, H), (B, K, S, H), (B, K, S)
@@ -113,9 +120,14 @@ def _validate(query, cache, starts, lengths, num_registers, window) -> None:
                 f"{name} has shape {array.shape} and dtype {array.dtype}, but must be int32 of "
                 f"shape (B,) = ({B},)."
             )
-    if not 0 <= num_registers < S:
+    dtype = accumulation_dtype(query.dtype)
+    if cache.key_norms.dtype != dtype:
         raise ValueError(
-            f"num_registers={num_registers} must be at least 0 and less than the {S} slots."
+            f"cache.key_norms has dtype {cache.key_norms.dtype}, but must have {dtype}."
         )
-    if window is not None and window < 0:
-        raise ValueError(f"window={window} must be None or at least 0.")
+    if not validate.is_integer(num_registers) or not 0 <= num_registers < S:
+        raise ValueError(
+            f"num_registers={num_registers!r} must be an int from 0, less than the {S} slots."
+        )
+    if window is not None and not (validate.is_integer(window) and window >= 0):
+        raise ValueError(f"window={window!r} must be None or an int ≥ 0.")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rbf_jax.ops.call import accumulation_dtype
+from rbf_jax.ops.call import accumulation_dtype, squared_norms
 
 
 class KeysValues(NamedTuple):
@@ -79,7 +79,7 @@ def fill(
         return jnp.concatenate([array[:, :R], tokens], axis=1).swapaxes(1, 2)
 
     key = place(key.astype(cache.key.dtype))
-    return KeysValues(key, place(value.astype(cache.value.dtype)), _squares(key))
+    return KeysValues(key, place(value.astype(cache.value.dtype)), squared_norms(key))
 
 
 def append(
@@ -121,9 +121,5 @@ def append(
     return KeysValues(
         write(cache.key, key),
         write(cache.value, value),
-        write(cache.key_norms, _squares(key.astype(cache.key.dtype))),
+        write(cache.key_norms, squared_norms(key.astype(cache.key.dtype))),
     )
-
-
-def _squares(key: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(key.astype(accumulation_dtype(key.dtype))), axis=-1)

@@ -21,7 +21,12 @@ from rbf_jax.ops.gpu.program import numbers_per_head
 from rbf_jax.ops.gpu.triton import launch
 from rbf_jax.ops.gpu.triton.config import Tiles, padded_head_dim, shared_memory_limit
 
-SUPPORTS = xla.SUPPORTS
+SUPPORTS = frozenset(
+    {
+        *("left", "right", "num_global_keys", "sink", "return_residual"),
+        *("key_lengths", "alibi_slopes", "query_offset"),
+    }
+)
 # Of the queries of a program; with more it runs out of registers.
 _LARGEST_QUERY_BYTES = 2**14
 # A program has at most so many keys: rows may be of different lengths, and a program that is left

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from rbf_jax.ops.call import AXES, CACHE_AXES, Inputs, Masking, Rules
+from rbf_jax.ops.manual_axes import vary_like
 from rbf_jax.ops.parallel import custom_partitioning
-from rbf_jax.ops.parallel.manual_axes import vary_like
 from rbf_jax.ops.vjp import Gradients, Passes, Residuals
 
 LOG2E = 1.4426950408889634

@@ -50,10 +50,11 @@ class Split(NamedTuple):
     ring: Ring | None
 
 
-def split_of(inputs: Inputs, rules: Rules) -> Split | None:
+def split_of(inputs: Inputs, rules: Rules, behind: int = 0) -> Split | None:
     """How the mesh that is set splits a call, or None if it does not.
 
     Axes of explicit type, and those of a shard_map that the call is in, are left to the caller.
+    `behind` queries come before the first key.
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = {name for name in NAMES if mesh.shape.get(name, 1) > 1}
@@ -73,9 +74,9 @@ def split_of(inputs: Inputs, rules: Rules) -> Split | None:
     if SEQUENCE_AXIS in names and 2 * (size := mesh.shape[SEQUENCE_AXIS]) <= T:
         queries, query_length = SEQUENCE_AXIS, -(-T // size) * size
         if 2 * size <= S:
-            ring = Ring.plan(SEQUENCE_AXIS, size, T, S, rules)
+            ring = Ring.plan(SEQUENCE_AXIS, size, T, S, rules, behind)
             query_length = ring.query_length
-    # Kernels cannot be in a shard_map over some of the axes (`partition.unsupported`).
+    # Kernels cannot be in a shard_map over some of the axes (`custom_partitioning.unsupported`).
     if queries is None and any(size > 1 for name, size in mesh.shape.items() if name not in NAMES):
         return None
     return Split(batch, heads, queries, query_length, ring)
@@ -143,7 +144,7 @@ def _global_keys_apart(passes: Passes, inputs: Inputs, masking: Masking, rules: 
     """Attention to the global keys, which every device needs, merged with that to the others."""
     R, B = rules.num_global_keys, inputs.query.shape[0]
 
-    def part(keys: slice, inputs, masking, rules):
+    def part(keys: slice, inputs, masking, rules, behind=0):
         def cut(array, axis):
             whole = array is None or array.shape[axis] == 1
             return array if whole else array[(slice(None),) * axis + (keys,)]
@@ -155,7 +156,7 @@ def _global_keys_apart(passes: Passes, inputs: Inputs, masking: Masking, rules: 
             mask=cut(masking.mask, 3), key_segments=cut(masking.key_segments, 1)
         )
         rules = dataclasses.replace(rules, num_global_keys=0, return_residual=True)
-        split = split_of(inputs, rules)
+        split = split_of(inputs, rules, behind)
         assert split is not None  # noqa: S101 (the queries are split as those of the whole call)
         return attend(passes, split, inputs, masking, rules)
 
@@ -188,6 +189,7 @@ def _global_keys_apart(passes: Passes, inputs: Inputs, masking: Masking, rules: 
             query_offset=offset - R,
         ),
         rules,
+        behind=R,
     )
     return merge(to_global, to_others)
 

@@ -49,13 +49,24 @@ class Ring:
     turns: int
 
     @classmethod
-    def plan(cls, axis: str, size: int, T: int, S: int, rules: Rules) -> Ring:
-        """The layout for T queries and S keys, which are filled up to whole chunks."""
+    def plan(cls, axis: str, size: int, T: int, S: int, rules: Rules, behind: int = 0) -> Ring:
+        """The layout for T queries and S keys, which are filled up to whole chunks.
+
+        Args:
+          axis: name of the mesh axis.
+          size: n.
+          T: queries; query i is at position i − `behind`.
+          S: keys.
+          rules: of the call.
+          behind: how many queries come before the first key.
+        """
         reach = None
-        if rules.causal and rules.left is not None and T == S:
-            reach = rules.left
+        if rules.causal and rules.left is not None and S + behind == T:
+            reach = rules.left + behind
         chunks = 2 if rules.causal and reach is None else 1
         query_chunk, key_chunk = (-(-length // (chunks * size)) for length in (T, S))
+        if reach is not None:  # no query is ahead of the block of keys that its device holds
+            key_chunk = query_chunk
         turns = size if reach is None else min(size, 1 - (-reach // key_chunk))
         return cls(axis, size, chunks, query_chunk, key_chunk, turns)
 
@@ -207,7 +218,7 @@ def _forward(
     dtype = accumulation_dtype(inputs.query.dtype)
 
     def attend_to(turn, state, block):
-        def merge(index, state):
+        def add(index, state):
             outs, logsumexps = state
             row, _, pair_inputs, pair_masking = part.pair(block, turn, index)
             out, logsumexp = passes.forward(pair_inputs, pair_masking, part.rules)
@@ -218,7 +229,7 @@ def _forward(
             merged = outs[row] * old + out.astype(dtype) * new
             return outs.at[row].set(merged), logsumexps.at[row].set(total)
 
-        return lax.fori_loop(0, ring.chunks**2, merge, state), block
+        return lax.fori_loop(0, ring.chunks**2, add, state), block
 
     query = part.rows.query
     nothing = jnp.where(query == query, 0, 0).astype(dtype)  # varies as the query does

@@ -11,6 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rbf_jax import rbf_attention
+from rbf_jax.ops.call import Rules
+from rbf_jax.ops.parallel.ring import Ring
 from rbf_jax.ops.vjp import LOGSUMEXP_NAME, OUTPUT_NAME
 from tests.harness import cases, contract
 from tests.harness.collectives import collectives, mesh_of
@@ -236,3 +238,13 @@ def test_remat_keeps_what_its_policy_names():
         recomputed, _ = gradients(jax.checkpoint(loss))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, want)
     assert kept < recomputed
+
+
+def test_a_window_ends_the_round_beside_global_keys_too():
+    """Blocks are passed on as far as the window reaches, with a register in front of the text."""
+    rules = Rules(left=128, right=0)
+    plain = Ring.plan("seq", 8, 8192, 8192, rules)
+    assert (plain.turns, plain.chunks, plain.key_chunk) == (2, 1, 1024)
+    beside = Ring.plan("seq", 8, 8193, 8192, rules, behind=1)
+    assert (beside.turns, beside.chunks) == (2, 1)
+    assert beside.query_chunk == beside.key_chunk == 1025

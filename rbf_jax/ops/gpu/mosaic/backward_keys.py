@@ -32,7 +32,7 @@ from rbf_jax.ops.gpu.mosaic.common import (
 from rbf_jax.ops.gpu.mosaic.config import BLOCK_Q, BackwardTiles
 from rbf_jax.ops.gpu.program import LN2
 from rbf_jax.ops.logits import Blocks, visible_queries
-from rbf_jax.ops.parallel.manual_axes import struct_like
+from rbf_jax.ops.manual_axes import struct_like
 
 
 class KeyMemory(NamedTuple):

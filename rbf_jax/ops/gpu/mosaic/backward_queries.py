@@ -21,7 +21,7 @@ from rbf_jax.ops.gpu.mosaic.common import COLUMNS, ROWS, Lengths, kernel, load, 
 from rbf_jax.ops.gpu.mosaic.config import BLOCK_Q, BackwardTiles
 from rbf_jax.ops.gpu.mosaic.query_block import QueryBlock, ring_of_keys
 from rbf_jax.ops.gpu.program import LN2
-from rbf_jax.ops.parallel.manual_axes import struct_like
+from rbf_jax.ops.manual_axes import struct_like
 
 
 class _QueriesMemory(NamedTuple):

@@ -31,7 +31,7 @@ from rbf_jax.ops.gpu.mosaic.common import (
 from rbf_jax.ops.gpu.mosaic.config import BLOCK_Q, ForwardTiles
 from rbf_jax.ops.gpu.mosaic.query_block import QueryBlock, ring_of_keys
 from rbf_jax.ops.gpu.program import LOG2E
-from rbf_jax.ops.parallel.manual_axes import struct_like
+from rbf_jax.ops.manual_axes import struct_like
 
 
 class _State(NamedTuple):

@@ -29,8 +29,8 @@ from rbf_jax.ops.gpu.program import (
     numbers_per_head,
     passes,
 )
+from rbf_jax.ops.manual_axes import varies, vary_together
 from rbf_jax.ops.parallel import custom_partitioning
-from rbf_jax.ops.parallel.manual_axes import varies, vary_together
 from rbf_jax.ops.vjp import Gradients
 
 SUPPORTS = frozenset(

@@ -1,4 +1,4 @@
-"""A CTA that has tiles of queries: which keys it visits, and how it loads them."""
+"""A CTA that has tiles of queries: which keys it reads, and how it loads them."""
 
 from __future__ import annotations
 

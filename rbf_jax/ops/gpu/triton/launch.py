@@ -18,8 +18,8 @@ from jax.interpreters import mlir, xla
 
 from rbf_jax.ops.gpu import device as nvidia
 from rbf_jax.ops.gpu.triton.config import Tiles
+from rbf_jax.ops.manual_axes import vary_like
 from rbf_jax.ops.parallel import custom_partitioning
-from rbf_jax.ops.parallel.manual_axes import vary_like
 
 _LARGEST_HEAD_DIM = 256
 

@@ -1,4 +1,4 @@
-"""What the kernels share: which program does which tile, which blocks it visits, masks and logits.
+"""What the kernels share: which program does which tile, which blocks it reads, masks and logits.
 
 These are the statements of logits.py once more, as jit helpers. `RULES` is a `call.Rules`, `HEADS`
 a `Heads`. B batch, T queries, S keys, N query heads, K key/value heads, H head dimension.
