@@ -28,6 +28,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from experiments.benchmarks.contenders import Cell
 from experiments.benchmarks.options import command_line, json_file, lengths
 from rbf_jax import environment
 from rbf_jax.data.files import write_text
@@ -77,11 +78,11 @@ def prepare(attend: Callable, options: argparse.Namespace) -> dict:
     """Returns the compiled program of each cell and how often it repeats its call."""
     programs = {}
     for name, H, T, causal, backward in cells(options):
-        arrays = make_arrays(H, T)
         call = functools.partial(attend, is_causal=causal, implementation=name)
-        operations = 4 * TOKENS * T * WIDTH * (0.5 if causal else 1) * (3.5 if backward else 1)
-        repeats = max(2, min(100, int(MILLISECONDS / (0.05 + operations / 4e11))))
-        programs[name, H, T, causal, backward] = lowered(call, arrays, backward, repeats), repeats
+        milliseconds = 0.05 + size(H, T, causal).operations(backward) / 4e11
+        repeats = max(2, min(100, int(MILLISECONDS / milliseconds)))
+        program = lowered(call, make_arrays(H, T), backward, repeats)
+        programs[name, H, T, causal, backward] = program, repeats
     with ThreadPoolExecutor() as pool:
         compiling = {
             cell: (pool.submit(program.compile), repeats)
@@ -90,12 +91,15 @@ def prepare(attend: Callable, options: argparse.Namespace) -> dict:
     return {cell: (program.result(), repeats) for cell, (program, repeats) in compiling.items()}
 
 
+def size(H: int, T: int, causal: bool = True) -> Cell:
+    """The size of the attention of a cell."""
+    return Cell(TOKENS // T, T, WIDTH // H, H, causal)
+
+
 @functools.lru_cache(maxsize=1)
 def make_arrays(H: int, T: int) -> list[jax.Array]:
-    """Random q, k, v and cotangent: on zeros a GPU draws less power and runs faster."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    shape = TOKENS // T, T, WIDTH // H, H
-    return [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
+    """Random q, k, v and cotangent."""
+    return size(H, T).arrays()
 
 
 def measure(before, after, arrays) -> tuple[float, float]:

@@ -135,7 +135,7 @@ def refuse_dropout(rate: Any, deterministic: Any) -> None:
         )
 
 
-def dtype(name: str, array: jax.Array) -> None:
+def require_dtype(name: str, array: jax.Array) -> None:
     """Raises ValueError unless attention is defined for the array's dtype."""
     if array.dtype.name not in _DTYPES:
         raise ValueError(f"{name} has dtype {array.dtype}, but must be one of {_DTYPES}.")
@@ -192,7 +192,7 @@ def _query_key_value(query, key, value) -> tuple[jax.Array, jax.Array, jax.Array
                 f"{name} has shape {array.shape}, but query, key and value must all be 4-D, "
                 f"(batch, length, heads, head dimension), or all 3-D, without the batch."
             )
-        dtype(name, array)
+        require_dtype(name, array)
         if array.dtype != query.dtype:
             raise ValueError(
                 f"{name} has dtype {array.dtype}, but must have query's dtype {query.dtype}."

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -216,8 +216,8 @@ def _kernels(plan: _Plan, inputs: Inputs, masking: Masking) -> tuple[jax.Array, 
     )
     splits, tiles = sizes.num_splits, sizes.tiles
     per_head, norms = numbers_per_head(inputs, masking), inputs.squared_key_norms()
-    assert masking.query_offset is not None and masking.key_lengths is not None  # noqa: S101, PT018
-    arrays = [*inputs[:3], norms, masking.query_offset, masking.key_lengths, per_head]
+    places = cast(list[jax.Array], [masking.query_offset, masking.key_lengths])  # always given
+    arrays = [*inputs[:3], norms, *places, per_head]
     part_dtype = inputs.query.dtype if splits == 1 else jnp.float32
     out, logsumexp = launch.run(
         triton_kernels.decode_kernel,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 
@@ -21,8 +23,8 @@ _NOWHERE = 2**30  # the position of a slot that holds no token: after all querie
 def attend(inputs: Inputs, masking: Masking, rules: Rules) -> tuple[jax.Array, jax.Array]:
     """Returns the output and the logsumexp of a call that `decode.api` has put together."""
     T, R = inputs.query.shape[1], rules.num_global_keys
-    assert masking.key_lengths is not None  # noqa: S101 (always given)
-    tokens = slot_positions(masking.key_lengths, inputs.key.shape[2] - R)
+    lengths = cast(jax.Array, masking.key_lengths)  # always given
+    tokens = slot_positions(lengths, inputs.key.shape[2] - R)
     tokens = jnp.where(tokens < 0, _NOWHERE, R + tokens)
     registers = jnp.broadcast_to(jnp.arange(R, dtype=jnp.int32), (tokens.shape[0], R))
     columns = jnp.concatenate([registers, tokens], axis=1)
