@@ -11,6 +11,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.typing import ArrayLike, DTypeLike
 
 from rbf_jax.nn import inspection
+from rbf_jax.ops import validate
 from rbf_jax.ops.api import Implementation, rbf_attention
 from rbf_jax.ops.call import squared_norms
 
@@ -92,11 +93,7 @@ def rbf_attention_fn(
         raise NotImplementedError(
             f"precision={precision!r} is not supported by rbf_attention_fn; leave it at None."
         )
-    if dropout_rate > 0 and not deterministic:
-        raise NotImplementedError(
-            f"dropout_rate={dropout_rate} with deterministic=False is not supported by "
-            "rbf_attention_fn: attention weights are never formed, so none can be dropped."
-        )
+    validate.refuse_dropout(dropout_rate, deterministic)
     query, key, value = promote_dtype(query, key, value, dtype=dtype)
     batch, (T, N, H), S = query.shape[:-3], query.shape[-3:], key.shape[-3]
     query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))

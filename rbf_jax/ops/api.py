@@ -161,7 +161,8 @@ def rbf_attention(
         dropout is asked for.
     """
     validate.refuse_dot_product_arguments(scale, bias)
-    validate.refuse_dropout(dropout_rate, deterministic)
+    advice = " The attention_fn for layers of Flax is rbf_jax.nn.rbf_attention_fn."
+    validate.refuse_dropout(dropout_rate, deterministic, advice)
     normalize = validate.boolean("normalize", normalize)
     sink_logits = validate.sink(origin_sink, sink_logits, normalize)
     inputs, masking, unbatched = validate.arrays(

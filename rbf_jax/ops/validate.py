@@ -120,7 +120,7 @@ def refuse_dot_product_arguments(scale: Any, bias: Any) -> None:
         )
 
 
-def refuse_dropout(rate: Any, deterministic: Any) -> None:
+def refuse_dropout(rate: Any, deterministic: Any, advice: str = "") -> None:
     """Raises NotImplementedError unless the arguments of Flax's attention layers mean no dropout.
 
     Anything but None, 0 or `deterministic` of True asks for dropout, a traced rate too.
@@ -130,8 +130,7 @@ def refuse_dropout(rate: Any, deterministic: Any) -> None:
     if static_number(rate) != 0:
         raise NotImplementedError(
             f"dropout_rate={rate} with deterministic={deterministic} is not supported: attention "
-            "weights are never formed, so none can be dropped. Set dropout_rate=0. The "
-            "attention_fn for layers of Flax, linen and nnx, is rbf_jax.nn.rbf_attention_fn."
+            f"weights are never formed, so none can be dropped. Set dropout_rate=0.{advice}"
         )
 
 
